@@ -1,0 +1,400 @@
+"""Every execution strategy against a float64 loop over the examples."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from condconv import condconv2d, functional
+from condconv.functional import same_padding
+
+STRATEGIES = ("matmul", "grouped", "loop")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Case(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    routing_weights: Tensor
+    bias: Tensor | None
+    options: dict[str, Any]
+
+    def leaves(self) -> list[Tensor]:
+        return [tensor for tensor in self[:4] if isinstance(tensor, Tensor)]
+
+
+def make_case(
+    *,
+    batch: int = 3,
+    num_experts: int = 3,
+    channels: int = 4,
+    out_channels: int = 6,
+    kernel_size: tuple[int, int] = (3, 3),
+    size: tuple[int, int] = (7, 6),
+    groups: int = 1,
+    bias: bool = True,
+    layout: str = "contiguous",
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> Case:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    x = random(batch, channels, *size)
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    elif layout == "strided":
+        x = random(size[1], batch, 2 * channels, size[0])[:, :, ::2].permute(1, 2, 3, 0)
+    case = Case(
+        x,
+        random(num_experts, out_channels, channels // groups, *kernel_size),
+        random(batch, num_experts).sigmoid(),
+        random(num_experts, out_channels) if bias else None,
+        {"groups": groups, **options},
+    )
+    for tensor in case.leaves():
+        tensor.requires_grad_()
+    return case
+
+
+def run(case: Case, strategy: Any = None) -> Tensor:
+    return condconv2d(*case[:4], **case.options, strategy=strategy)
+
+
+def tensorflow_padding(size: int, kernel_size: int, stride: int, dilation: int) -> tuple[int, int]:
+    """SAME by the rule of TensorFlow's documentation, in its own words: by remainder."""
+    extent = dilation * (kernel_size - 1) + 1
+    remainder = size % stride
+    total = max(extent - (stride if remainder == 0 else remainder), 0)
+    return total // 2, total - total // 2
+
+
+def loop_reference(case: Case) -> Tensor:
+    stride, dilation, groups, padding = (
+        case.options.get(name, default)
+        for name, default in (("stride", 1), ("dilation", 1), ("groups", 1), ("padding", 0))
+    )
+    x = case.x
+    if padding == "same":
+        strides, dilations = (
+            (value, value) if isinstance(value, int) else value for value in (stride, dilation)
+        )
+        pads = [
+            tensorflow_padding(x.shape[2 + i], case.weight.shape[3 + i], strides[i], dilations[i])
+            for i in range(2)
+        ]
+        x, padding = F.pad(x, (*pads[1], *pads[0])), 0
+    outputs = []
+    for example, weights in zip(x, case.routing_weights, strict=True):
+        kernel = sum(a * w for a, w in zip(weights, case.weight, strict=True))
+        bias = None
+        if case.bias is not None:
+            bias = sum(a * b for a, b in zip(weights, case.bias, strict=True))
+        outputs.append(F.conv2d(example[None], kernel, bias, stride, padding, dilation, groups))
+    return torch.cat(outputs)
+
+
+def assert_equals_reference(case: Case, strategy: Any = None) -> None:
+    y, expected = run(case, strategy), loop_reference(case)
+    torch.testing.assert_close(y, expected)
+    grad = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    for actual, wanted in zip(
+        torch.autograd.grad(y, case.leaves(), grad),
+        torch.autograd.grad(expected, case.leaves(), grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, wanted)
+
+
+def pairs(low: int, high: int) -> st.SearchStrategy[tuple[int, int]]:
+    return st.tuples(st.integers(low, high), st.integers(low, high))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    groups = draw(st.sampled_from([1, 1, 2, 4]))
+    return make_case(
+        batch=draw(st.integers(1, 4)),
+        num_experts=draw(st.integers(1, 4)),
+        channels=4,
+        out_channels=draw(st.sampled_from([4, 8, 12])),
+        kernel_size=draw(pairs(1, 4)),
+        size=draw(pairs(7, 10)),
+        groups=groups,
+        bias=draw(st.booleans()),
+        layout=draw(st.sampled_from(["contiguous", "channels_last", "strided"])),
+        stride=draw(st.integers(1, 3) | pairs(1, 3)),
+        dilation=draw(st.integers(1, 2) | pairs(1, 2)),
+        padding=draw(st.sampled_from(["same", "valid"]) | st.integers(0, 2) | pairs(0, 2)),
+    )
+
+
+def use_small_blocks(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        functional,
+        "_channels_at_once",
+        lambda patches, weight, groups: 4 if groups == 1 else weight.shape[1],
+    )
+
+
+@pytest.mark.parametrize("strategy", [None, *STRATEGIES])
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(case=cases(), small_blocks=st.booleans())
+def test_outputs_and_gradients_equal_the_loop(
+    strategy: str | None, case: Case, small_blocks: bool
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if small_blocks:
+            use_small_blocks(patch)
+            patch.setattr(functional, "MIXED_BYTES", 1)
+            patch.setattr(functional, "MAX_PATCHES", 10)
+        assert_equals_reference(case, strategy)
+
+
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 4), st.integers(1, 3))
+def test_same_padding_is_tensorflows(
+    size: int, kernel_size: int, stride: int, dilation: int
+) -> None:
+    before, after = same_padding(size, kernel_size, stride, dilation)
+    assert (before, after) == tensorflow_padding(size, kernel_size, stride, dilation)
+    extent = dilation * (kernel_size - 1) + 1
+    assert (size + before + after - extent) // stride + 1 == -(-size // stride)
+
+
+@pytest.mark.parametrize("strategy", [None, *STRATEGIES])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_an_empty_batch_gives_an_empty_output(strategy: str | None, groups: int) -> None:
+    case = make_case(batch=0, groups=groups, out_channels=8, padding=1)
+    y = run(case, strategy)
+    assert y.shape == (0, 8, 7, 6)
+    y.sum().backward()
+    assert torch.equal(case.weight.grad, torch.zeros_like(case.weight))
+
+
+def test_kernels_are_mixed_in_even_blocks_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def channels_at_once(num_patches: int, groups: int = 1) -> int:
+        patches, weight = torch.zeros(8, 3 * groups, num_patches), torch.zeros(2, 100, 3)
+        return functional._channels_at_once(patches, weight, groups)
+
+    assert channels_at_once(1) == 100
+    monkeypatch.setattr(functional, "MIXED_BYTES", 8 * 30 * 3 * 4)
+    monkeypatch.setattr(functional, "MIN_CHANNELS", 10)
+    assert channels_at_once(1) == 25
+    assert channels_at_once(1, groups=2) == 100
+    assert channels_at_once(60) == 50
+    monkeypatch.setattr(functional, "MIN_CHANNELS", 64)
+    assert channels_at_once(1) == 100
+
+
+@pytest.mark.parametrize(
+    ("batch", "kernel_size", "size", "groups", "expected"),
+    [
+        (8, 1, 38, 1, "matmul"),
+        (8, 3, 5, 1, "matmul"),
+        (8, 3, 19, 1, "grouped"),
+        (32, 3, 19, 1, "loop"),
+        (32, 3, 10, 1, "grouped"),
+        (32, 3, 19, 256, "grouped"),
+        (1, 1, 19, 1, "grouped"),
+    ],
+)
+def test_the_strategy_follows_from_the_shapes(
+    batch: int, kernel_size: int, size: int, groups: int, expected: str
+) -> None:
+    x = torch.empty(1, 1, 1, 1).expand(batch, 256, size, size)
+    weight = torch.empty(1, 1, 1, 1, 1).expand(8, 256, 256 // groups, kernel_size, kernel_size)
+    assert functional.choose_strategy(x, weight, (size, size), groups) == expected
+
+
+@pytest.mark.parametrize("strategy", [None, *STRATEGIES])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_memory_format_is_that_of_a_convolution(strategy: str | None, groups: int) -> None:
+    case = make_case(layout="channels_last", groups=groups, out_channels=8)
+    assert run(case, strategy).is_contiguous(memory_format=torch.channels_last)
+    assert run(make_case(groups=groups, out_channels=8), strategy).is_contiguous()
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_matmul_has_correct_second_derivatives(groups: int) -> None:
+    case = make_case(
+        batch=2, num_experts=2, size=(4, 4), groups=groups, out_channels=4, channels=4, padding=1
+    )
+
+    def function(*inputs: Tensor) -> Tensor:
+        return run(Case(*inputs, case.options), "matmul")
+
+    assert torch.autograd.gradgradcheck(function, case.leaves(), fast_mode=True)
+
+
+@pytest.mark.parametrize("max_patches", [0, 64])
+def test_second_derivatives_through_blocks(
+    monkeypatch: pytest.MonkeyPatch, max_patches: int
+) -> None:
+    use_small_blocks(monkeypatch)
+    monkeypatch.setattr(functional, "MAX_PATCHES", max_patches)
+    case = make_case(batch=2, num_experts=2, size=(4, 4), padding=1)
+
+    def function(*inputs: Tensor) -> Tensor:
+        return run(Case(*inputs, case.options), "matmul")
+
+    assert torch.autograd.gradcheck(function, case.leaves(), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, case.leaves(), fast_mode=True)
+
+
+def test_matmul_keeps_no_mixed_kernels() -> None:
+    case = make_case(batch=8, padding=1)
+    num_mixed = 8 * case.weight[0].numel()
+    for strategy, kept in (("matmul", False), ("grouped", True)):
+        sizes = []
+
+        def record(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+            run(case, strategy)
+        assert (num_mixed in sizes) == kept
+
+
+@pytest.mark.parametrize("frozen", range(3))
+def test_frozen_inputs_get_no_gradient(frozen: int) -> None:
+    case = make_case()
+    case[frozen].requires_grad_(False)
+    run(case, "matmul").sum().backward()
+    for i, tensor in enumerate(case.leaves()):
+        assert (tensor.grad is None) == (i == frozen)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("strategy", [None, *STRATEGIES])
+@pytest.mark.parametrize("num_experts", [1, 3])
+def test_autocast(strategy: str | None, dtype: torch.dtype, num_experts: int) -> None:
+    case = make_case(num_experts=num_experts, dtype=torch.float32, padding="same", stride=2)
+    with torch.autocast("cpu", dtype):
+        y = run(case, strategy)
+        assert y.dtype == dtype
+        grads = torch.autograd.grad(y.float().square().sum(), case.leaves())
+    expected = loop_reference(case)
+    wanted = torch.autograd.grad(expected.square().sum(), case.leaves())
+    assert_relatively_close(y.float(), expected, 0.02)
+    for tensor, actual, grad in zip(case.leaves(), grads, wanted, strict=True):
+        assert actual.dtype == tensor.dtype
+        assert_relatively_close(actual, grad, 0.04)
+
+
+def assert_relatively_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert (actual - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_autocast_rounds_the_mixed_kernel_once(strategy: str) -> None:
+    # Products of one nonzero element each: the output is the rounded mixed kernel itself.
+    case = make_case(
+        channels=1, size=(1, 1), kernel_size=(1, 1), out_channels=64, bias=False,
+        dtype=torch.float32,
+    )  # fmt: skip
+    with torch.autocast("cpu", torch.bfloat16):
+        y = condconv2d(torch.ones_like(case.x), *case[1:4], strategy=strategy)
+    mixed = case.routing_weights @ case.weight.flatten(1)
+    torch.testing.assert_close(y.flatten(1), mixed.bfloat16(), rtol=0, atol=0)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    case = make_case()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = run(case)
+    torch.testing.assert_close(y, loop_reference(case))
+
+
+def test_integers_are_no_input() -> None:
+    case = make_case(dtype=torch.float32)
+    images = torch.zeros(case.x.shape, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"x is torch.uint8 and weight torch.float32"):
+        condconv2d(images, *case[1:4])
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=r"x is torch.uint8"),
+    ):
+        condconv2d(images, *case[1:4])
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("strategy", [None, *STRATEGIES])
+def test_compiles_without_graph_breaks(strategy: str | None, groups: int) -> None:
+    case = make_case(groups=groups, out_channels=8, padding="same", stride=2)
+
+    def function(*inputs: Tensor) -> Tensor:
+        return run(Case(*inputs, case.options), strategy)
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    y = compiled(*case[:4])
+    grads = torch.autograd.grad(y.square().sum(), case.leaves())
+    expected = loop_reference(case)
+    torch.testing.assert_close(y, expected)
+    for actual, wanted in zip(
+        grads, torch.autograd.grad(expected.square().sum(), case.leaves()), strict=True
+    ):
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_functional_transforms() -> None:
+    case = make_case(padding=1)
+
+    def loss(weight: Tensor) -> Tensor:
+        return run(case._replace(weight=weight), "matmul").square().sum()
+
+    weight = case.weight.detach()
+    reference = loop_reference(case).square().sum()
+    (expected,) = torch.autograd.grad(reference, case.weight)
+    torch.testing.assert_close(torch.func.grad(loss)(weight), expected)
+    both = torch.func.vmap(torch.func.grad(loss))(torch.stack([weight, weight]))
+    torch.testing.assert_close(both, torch.stack([expected, expected]))
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(loss, (weight,), (weight,))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(4, 7, 7)}, r"x must be \(B, C, H, W\), got \(4, 7, 7\)"),
+        ({"x": torch.zeros(2, 5, 7, 7)}, "x has 5 channels, the kernels take 4"),
+        ({"weight": torch.zeros(6, 4, 3, 3)}, r"weight must be \(E, O, C / groups, kh, kw\)"),
+        ({"routing_weights": torch.zeros(2, 4)}, r"must be \(B, E\) = \(2, 3\), got \(2, 4\)"),
+        ({"routing_weights": torch.zeros(1, 3)}, r"must be \(B, E\) = \(2, 3\), got \(1, 3\)"),
+        ({"bias": torch.zeros(6)}, r"bias must be \(E, O\) = \(3, 6\), got \(6,\)"),
+        ({"groups": 4, "weight": torch.zeros(3, 6, 1, 3, 3)}, "6 output channels cannot be split"),
+        ({"padding": "full"}, "padding must be .* got 'full'"),
+        ({"strategy": "magic"}, "strategy must be one of .* got 'magic'"),
+        (
+            {"x": torch.zeros(2, 4, 2, 7)},
+            r"kernel \(3, 3\) .* does not fit into the input \(2, 7\)",
+        ),
+        ({"dilation": 4}, "does not fit"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    inputs = {
+        "x": torch.zeros(2, 4, 7, 7),
+        "weight": torch.zeros(3, 6, 4, 3, 3),
+        "routing_weights": torch.zeros(2, 3),
+        "bias": torch.zeros(3, 6),
+    }
+    with pytest.raises(ValueError, match=message):
+        condconv2d(**(inputs | change))
