@@ -1,0 +1,1 @@
+"""Object detection with CondConv: models, data, training, evaluation and visualization."""

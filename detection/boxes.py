@@ -1,0 +1,78 @@
+"""Box arithmetic, batched. All boxes are xyxy unless a name says otherwise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Faster R-CNN's codes: centre offsets and log sizes, scaled by these (x, y, w, h).
+CODE_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+
+
+def xyxy_to_xywh(boxes: Tensor) -> Tensor:
+    """(..., 4) corners -> top left corner and size, as COCO writes boxes."""
+    return torch.cat([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], dim=-1)
+
+
+def box_area(boxes: Tensor) -> Tensor:
+    """(..., 4) -> (...)."""
+    sizes = boxes[..., 2:] - boxes[..., :2]
+    return sizes[..., 0] * sizes[..., 1]
+
+
+def pairwise_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
+    """Intersection over union of every pair.
+
+    Args:
+        boxes_a: (..., N, 4).
+        boxes_b: (..., M, 4), leading dimensions broadcast.
+
+    Returns:
+        (..., N, M); 0 where the union is empty.
+    """
+    a, b = boxes_a[..., :, None, :], boxes_b[..., None, :, :]
+    low = torch.maximum(a[..., :2], b[..., :2])
+    high = torch.minimum(a[..., 2:], b[..., 2:])
+    width, height = (high - low).clamp(min=0).unbind(-1)
+    intersection = width * height
+    union = box_area(boxes_a)[..., :, None] + box_area(boxes_b)[..., None, :] - intersection
+    return torch.where(union > 0, intersection / union, torch.zeros_like(union))
+
+
+def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """Codes of boxes relative to anchors (Ren et al., 2015, with `CODE_WEIGHTS`).
+
+    Args:
+        boxes: (..., A, 4), of positive size.
+        anchors: (A, 4).
+
+    Returns:
+        (..., A, 4): dx, dy, dw, dh.
+    """
+    center, size = _center_size(boxes)
+    anchor_center, anchor_size = _center_size(anchors)
+    codes = torch.cat([(center - anchor_center) / anchor_size, (size / anchor_size).log()], dim=-1)
+    return codes * codes.new_tensor(CODE_WEIGHTS)
+
+
+def decode_boxes(deltas: Tensor, anchors: Tensor) -> Tensor:
+    """The inverse of `encode_boxes`: codes (..., A, 4) at anchors (..., A, 4) -> boxes."""
+    deltas = deltas / deltas.new_tensor(CODE_WEIGHTS)
+    anchor_center, anchor_size = _center_size(anchors)
+    center = deltas[..., :2] * anchor_size + anchor_center
+    # A bound far outside any image keeps an untrained network from giving infinite boxes.
+    half = deltas[..., 2:].clamp(max=10).exp() * anchor_size / 2
+    return torch.cat([center - half, center + half], dim=-1)
+
+
+def clip_boxes(boxes: Tensor, width: float, height: float) -> Tensor:
+    """(..., 4) boxes cut at the borders of an image."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.stack(
+        [x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height)], dim=-1
+    )
+
+
+def _center_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    size = boxes[..., 2:] - boxes[..., :2]
+    return boxes[..., :2] + size / 2, size

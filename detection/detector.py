@@ -1,0 +1,130 @@
+"""The facade: images of any size in, detections in their pixels out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as F
+
+from detection.build import ModelParts
+from detection.checkpoint import load_checkpoint, load_model, read_categories
+from detection.errors import UserError
+from detection.images import UnreadableImage, load_image
+from detection.structures import Category, Detections, ImageDetections, RawPredictions
+
+ImageLike = str | Path | Image.Image | np.ndarray
+
+
+class Detector:
+    """A network with its pre- and post-processing and its category table.
+
+    Args:
+        parts: as `build_model` gives them; put into inference mode.
+        categories: a class's place is its label.
+        device: where the network runs.
+    """
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        categories: Sequence[Category],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        self.network: nn.Module = parts.network.to(self.device).eval()
+        self.preprocess = parts.preprocess.to(self.device)
+        self.postprocess = parts.postprocess
+        self.categories = tuple(categories)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, *, device: torch.device | str = "cpu") -> Detector:
+        """Load a checkpoint file, its moving average where it has one.
+
+        Raises:
+            UserError: where the file is no checkpoint of this project.
+        """
+        checkpoint = load_checkpoint(path)
+        return cls(load_model(checkpoint), read_categories(checkpoint), device=device)
+
+    @property
+    def names(self) -> list[str]:
+        """Class names by label."""
+        return [category.name for category in self.categories]
+
+    def check_categories(self, categories: Sequence[Category]) -> None:
+        """See that a data set's category table has this detector's class names, in their order.
+
+        Raises:
+            UserError: naming the first difference.
+        """
+        names = [category.name for category in categories]
+        if len(names) != len(self.names):
+            raise UserError(
+                f"the checkpoint detects {len(self.names)} classes, the data has {len(names)}: "
+                "evaluate on the data set it was trained for"
+            )
+        for own, name in zip(self.names, names, strict=True):
+            if own != name:
+                raise UserError(
+                    f"the checkpoint's class {own!r} stands where the data has {name!r}: "
+                    "evaluate on the data set it was trained for"
+                )
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> RawPredictions:
+        """Run the network on resized images, uint8 (B, 3, S, S)."""
+        return self.network(self.preprocess(images.to(self.device, non_blocking=True)))
+
+    def decode(self, predictions: RawPredictions, sizes: Tensor) -> Detections:
+        """Detections in pixels of the original images, whose (height, width) are `sizes` (B, 2)."""
+        detections = self.postprocess(predictions, self.preprocess.input_size)
+        boxes = self.preprocess.restore(detections.boxes, sizes.to(detections.boxes.device))
+        return detections._replace(boxes=boxes)
+
+    def predict(
+        self, images: ImageLike | Sequence[ImageLike], *, score_threshold: float = 0.0
+    ) -> list[ImageDetections]:
+        """Detect on images given as paths, PIL images, or uint8 arrays (H, W, 3) or (H, W).
+
+        Args:
+            images: one or several, all run as one batch.
+            score_threshold: only detections of at least this score are given.
+
+        Returns:
+            For each image its detections, best first.
+        """
+        single = isinstance(images, (str, Path, Image.Image, np.ndarray))
+        pictures = [_open_image(image) for image in ([images] if single else images)]
+        if not pictures:
+            return []
+        sizes = torch.tensor([[picture.height, picture.width] for picture in pictures])
+        batch = torch.stack([self.preprocess.resize_image(F.pil_to_tensor(p)) for p in pictures])
+        return unbatch(self.decode(self.forward(batch), sizes), score_threshold=score_threshold)
+
+
+def unbatch(detections: Detections, *, score_threshold: float = 0.0) -> list[ImageDetections]:
+    """Cut the padding off: one `ImageDetections` an image, on the CPU."""
+    boxes, scores, labels, valid = (field.cpu() for field in detections)
+    kept = valid & (scores >= score_threshold)
+    return [
+        ImageDetections(boxes[i][kept[i]], scores[i][kept[i]], labels[i][kept[i]])
+        for i in range(len(boxes))
+    ]
+
+
+def _open_image(image: ImageLike) -> Image.Image:
+    if isinstance(image, (str, Path)):
+        try:
+            return load_image(image)
+        except UnreadableImage as error:
+            raise UserError(f"cannot read {image}: {error}") from error
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise UserError(f"an image array must be uint8, got {image.dtype}")
+        image = Image.fromarray(image)
+    return image.convert("RGB")

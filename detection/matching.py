@@ -1,0 +1,42 @@
+"""Which ground truth each anchor answers for. B images, A anchors, G ground truths."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from detection.boxes import pairwise_iou
+from detection.structures import Targets
+
+UNMATCHED = -1
+
+
+def match_anchors(anchors: Tensor, targets: Targets, *, threshold: float = 0.5) -> Tensor:
+    """Match anchors to ground truths as SSD does.
+
+    An anchor takes the ground truth it overlaps most where their IoU reaches the threshold. Every
+    ground truth also takes the anchor that overlaps it most, whatever the IoU: the first of
+    equals; where two take the same anchor, the lower ground truth keeps it (the TensorFlow Object
+    Detection API's `ArgMaxMatcher` with `force_match_for_each_row`).
+
+    Args:
+        anchors: (A, 4).
+
+    Returns:
+        (B, A) int64, the index of the ground truth, or -1.
+    """
+    num_anchors, num_truths = anchors.shape[0], targets.boxes.shape[1]
+    if num_truths == 0:
+        return targets.labels.new_full((targets.labels.shape[0], num_anchors), UNMATCHED)
+    iou = pairwise_iou(targets.boxes, anchors)  # (B, G, A)
+    iou = iou.masked_fill(~targets.valid[..., None], -1.0)
+    best_iou, best_truth = iou.max(dim=1)
+    match = torch.where(best_iou >= threshold, best_truth, UNMATCHED)
+
+    best_anchor = iou.argmax(dim=2)  # (B, G)
+    truths = torch.arange(num_truths, device=anchors.device).expand_as(best_anchor)
+    # Padded ground truths force nothing: they write to a column that is cut off again.
+    best_anchor = best_anchor.masked_fill(~targets.valid, num_anchors)
+    forced = truths.new_full((len(match), num_anchors + 1), num_truths)
+    forced = forced.scatter_reduce(1, best_anchor, truths, reduce="amin")[:, :num_anchors]
+    return torch.where(forced < num_truths, forced, match)

@@ -1,0 +1,1 @@
+"""Detector networks: images in, raw predictions out."""

@@ -1,0 +1,188 @@
+"""Shapes: B images, A anchors, G ground truths, S class slots."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss as torchvision_focal_loss
+
+from detection.boxes import encode_boxes
+from detection.losses import SSDCriterion, assign_codes, assign_slots, sigmoid_focal_loss
+from detection.matching import match_anchors
+from detection.structures import RawPredictions, Targets
+
+NUM_SLOTS = 4
+
+
+def make_boxes(*shape: int, generator: torch.Generator) -> Tensor:
+    corner = torch.rand(*shape, 2, generator=generator) * 60
+    size = torch.rand(*shape, 2, generator=generator) * 40 + 5
+    return torch.cat([corner, corner + size], dim=-1)
+
+
+def make_batch(*, num_images: int = 3, num_boxes: int = 5) -> tuple[RawPredictions, Targets]:
+    """Images with different numbers of boxes, from none to all."""
+    generator = torch.Generator().manual_seed(0)
+    predictions = RawPredictions(
+        deltas=torch.randn(num_images, 50, 4, generator=generator),
+        logits=torch.randn(num_images, 50, NUM_SLOTS, generator=generator) * 3,
+        anchors=make_boxes(50, generator=generator),
+    )
+    counts = torch.arange(num_images) * num_boxes // max(num_images - 1, 1)
+    valid = torch.arange(num_boxes) < counts[:, None]
+    boxes = make_boxes(num_images, num_boxes, generator=generator) * valid[..., None]
+    labels = torch.randint(0, NUM_SLOTS - 1, valid.shape, generator=generator) * valid
+    return predictions, Targets(boxes, labels, valid)
+
+
+def select(
+    predictions: RawPredictions, targets: Targets, images: slice
+) -> tuple[RawPredictions, Targets]:
+    return (
+        predictions._replace(deltas=predictions.deltas[images], logits=predictions.logits[images]),
+        Targets(*(field[images] for field in targets)),
+    )
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.75, 2.0), (0.5, 0.0), (0.75, 1.5)])
+def test_focal_loss_equals_torchvision(alpha: float, gamma: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 7, generator=generator) * 10
+    targets = torch.randint(0, 2, (5, 7), generator=generator).float()
+    loss = sigmoid_focal_loss(logits, targets, alpha=alpha, gamma=gamma)
+    expected = torchvision_focal_loss(logits, targets, alpha=alpha, gamma=gamma)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_focal_loss_of_extreme_logits_is_finite() -> None:
+    logits = torch.tensor([-1e4, 1e4, -1e4, 1e4], requires_grad=True)
+    targets = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    sigmoid_focal_loss(logits, targets, alpha=0.75, gamma=2.0).sum().backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_criterion_equals_plain_loops() -> None:
+    predictions, targets = make_batch()
+    losses = SSDCriterion()(predictions, targets)
+    match = match_anchors(predictions.anchors, targets)
+    classification = localization = 0.0
+    for image, row in enumerate(match.tolist()):
+        for anchor, truth in enumerate(row):
+            slot = 0 if truth < 0 else 1 + int(targets.labels[image, truth])
+            for s, logit in enumerate(predictions.logits[image, anchor].tolist()):
+                positive = s == slot and slot > 0
+                p_t = 1 / (1 + math.exp(-logit if positive else logit))
+                alpha_t = 0.75 if positive else 0.25
+                classification -= alpha_t * (1 - p_t) ** 2 * math.log(p_t)
+            if truth >= 0:
+                anchors = predictions.anchors[anchor][None]
+                code = encode_boxes(targets.boxes[image, truth][None], anchors)[0].tolist()
+                for ours, wanted in zip(
+                    predictions.deltas[image, anchor].tolist(), code, strict=True
+                ):
+                    error = abs(ours - wanted)
+                    localization += (error**2 / 2 if error < 1 else error - 0.5) / 4
+    num_matches = sum(truth >= 0 for row in match.tolist() for truth in row)
+    assert num_matches > 5
+    assert losses.num_matches.item() == num_matches
+    assert losses.sums["classification"].item() == pytest.approx(classification, rel=1e-5)
+    assert losses.sums["localization"].item() == pytest.approx(localization, rel=1e-5)
+    assert losses.total.item() == pytest.approx(classification + localization, rel=1e-5)
+
+
+def test_sums_of_parts_add_up() -> None:
+    """What gradient accumulation and several processes rely on."""
+    predictions, targets = make_batch(num_images=4)
+    whole = SSDCriterion()(predictions, targets)
+    parts = [
+        SSDCriterion()(*select(predictions, targets, slice(start, start + 1))) for start in range(4)
+    ]
+    torch.testing.assert_close(sum(part.total for part in parts), whole.total)
+    assert sum(part.num_matches for part in parts) == whole.num_matches
+
+
+def test_weights() -> None:
+    predictions, targets = make_batch()
+    plain = SSDCriterion()(predictions, targets)
+    weighted = SSDCriterion(classification_weight=2, localization_weight=0.5)(predictions, targets)
+    assert weighted.sums["classification"] == 2 * plain.sums["classification"]
+    assert weighted.sums["localization"] == plain.sums["localization"] / 2
+
+
+def test_options_reach_the_losses() -> None:
+    predictions, targets = make_batch()
+    plain = SSDCriterion()(predictions, targets)
+    assert SSDCriterion(match_threshold=0.2)(predictions, targets).num_matches > plain.num_matches
+    for option in ({"alpha": 0.5}, {"gamma": 1.0}):
+        changed = SSDCriterion(**option)(predictions, targets)
+        assert changed.sums["classification"] != plain.sums["classification"]
+        assert changed.sums["localization"] == plain.sums["localization"]
+    changed = SSDCriterion(beta=0.5)(predictions, targets)
+    assert changed.sums["classification"] == plain.sums["classification"]
+    assert changed.sums["localization"] > plain.sums["localization"]
+
+
+@pytest.mark.parametrize("num_boxes", [0, 3])
+def test_no_ground_truth(num_boxes: int) -> None:
+    """All anchors are background; padded boxes have no size and must not give NaN."""
+    predictions, _ = make_batch()
+    predictions.deltas.requires_grad_()
+    predictions.logits.requires_grad_()
+    targets = Targets(
+        torch.zeros(3, num_boxes, 4),
+        torch.zeros(3, num_boxes, dtype=torch.int64),
+        torch.zeros(3, num_boxes, dtype=torch.bool),
+    )
+    losses = SSDCriterion()(predictions, targets)
+    losses.total.backward()
+    assert losses.num_matches == 0
+    assert losses.sums["localization"] == 0
+    background = torch.zeros_like(predictions.logits)
+    expected = torchvision_focal_loss(predictions.logits, background, 0.75, 2, reduction="sum")
+    torch.testing.assert_close(losses.sums["classification"], expected)
+    assert predictions.deltas.grad.eq(0).all()
+    assert predictions.logits.grad.isfinite().all()
+
+
+def test_padding_changes_nothing() -> None:
+    predictions, targets = make_batch()
+    padded = Targets(
+        *(torch.cat([field, torch.zeros_like(field[:, :2])], dim=1) for field in targets)
+    )
+    assert SSDCriterion()(predictions, padded).total == SSDCriterion()(predictions, targets).total
+
+
+def test_half_precision_predictions_give_float32_losses() -> None:
+    predictions, targets = make_batch()
+    halved = predictions._replace(
+        deltas=predictions.deltas.bfloat16(), logits=predictions.logits.bfloat16()
+    )
+    losses = SSDCriterion()(halved, targets)
+    assert {loss.dtype for loss in losses.sums.values()} == {torch.float32}
+    expected = SSDCriterion()(
+        halved._replace(deltas=halved.deltas.float(), logits=halved.logits.float()), targets
+    )
+    assert losses.total == expected.total
+
+
+def test_slots() -> None:
+    targets = Targets(
+        torch.zeros(2, 2, 4), torch.tensor([[2, 0], [1, 0]]), torch.ones(2, 2, dtype=torch.bool)
+    )
+    match = torch.tensor([[-1, 0, 1], [0, -1, 0]])
+    assert assign_slots(match, targets).tolist() == [[0, 3, 1], [2, 0, 2]]
+
+
+def test_codes() -> None:
+    predictions, targets = make_batch()
+    anchors = predictions.anchors
+    match = match_anchors(anchors, targets)
+    codes = assign_codes(match, targets, anchors)
+    assert codes[match < 0].eq(0).all()
+    for image, anchor in (match >= 0).nonzero().tolist():
+        box = targets.boxes[image, match[image, anchor]]
+        expected = encode_boxes(box[None], anchors[anchor][None])[0]
+        torch.testing.assert_close(codes[image, anchor], expected)

@@ -1,0 +1,216 @@
+"""Shapes: B images, A anchors, S class slots, D detections."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import clip_boxes_to_image, nms
+
+from detection.boxes import decode_boxes
+from detection.postprocess import Postprocess
+from detection.structures import Detections, RawPredictions
+
+SIZE = 100
+NUM_CLASSES = 3
+
+
+def make_predictions(num_images: int = 3, num_anchors: int = 80, seed: int = 0) -> RawPredictions:
+    """Crowded boxes, many over the border, and scores that all differ."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_images, num_anchors, 1 + NUM_CLASSES)
+    logits = torch.randperm(num_images * num_anchors * (1 + NUM_CLASSES), generator=generator)
+    corner = torch.rand(num_anchors, 2, generator=generator) * 120 - 20
+    size = torch.rand(num_anchors, 2, generator=generator) * 30 + 10
+    return RawPredictions(
+        deltas=torch.randn(num_images, num_anchors, 4, generator=generator),
+        logits=logits.view(shape) / logits.numel() * 8 - 4,
+        anchors=torch.cat([corner, corner + size], dim=-1),
+    )
+
+
+def detect_plainly(
+    predictions: RawPredictions, *, score_threshold: float, iou_threshold: float, limit: int
+) -> list[list[tuple[float, int, list[float]]]]:
+    """One image and one class at a time, all candidates."""
+    images = []
+    for deltas, logits in zip(predictions.deltas, predictions.logits, strict=True):
+        boxes = decode_boxes(deltas, predictions.anchors)
+        found = []
+        for label in range(NUM_CLASSES):
+            scores = logits[:, 1 + label].sigmoid()
+            candidates = (scores > score_threshold).nonzero()[:, 0]
+            kept = candidates[nms(boxes[candidates], scores[candidates], iou_threshold)]
+            for box, score in zip(
+                clip_boxes_to_image(boxes[kept], (SIZE, SIZE)), scores[kept], strict=True
+            ):
+                if (box[2] - box[0]) * (box[3] - box[1]) > 0:
+                    found.append((score.item(), label, box.tolist()))
+        images.append(sorted(found, reverse=True)[:limit])
+    return images
+
+
+def unpack(detections: Detections) -> list[list[tuple[float, int, list[float]]]]:
+    return [
+        [
+            (score, label, box)
+            for score, label, box, valid in zip(*(f.tolist() for f in fields), strict=True)
+            if valid
+        ]
+        for fields in zip(
+            detections.scores, detections.labels, detections.boxes, detections.valid, strict=True
+        )
+    ]
+
+
+def assert_same(ours: list, expected: list) -> None:
+    for image, expected_image in zip(ours, expected, strict=True):
+        assert [label for _, label, _ in image] == [label for _, label, _ in expected_image]
+        for (score, _, box), (expected_score, _, expected_box) in zip(
+            image, expected_image, strict=True
+        ):
+            assert score == pytest.approx(expected_score, abs=1e-6)
+            assert box == pytest.approx(expected_box, abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("iou_threshold", [0.3, 0.6])
+@pytest.mark.parametrize("score_threshold", [1e-8, 0.5])
+@pytest.mark.parametrize("limit", [20, 100])
+def test_equals_plain_loops(
+    seed: int, iou_threshold: float, score_threshold: float, limit: int
+) -> None:
+    predictions = make_predictions(seed=seed)
+    thresholds = {"iou_threshold": iou_threshold, "score_threshold": score_threshold}
+    expected = detect_plainly(predictions, limit=limit, **thresholds)
+    postprocess = Postprocess(max_detections=limit, **thresholds)
+    assert any(expected)
+    assert_same(unpack(postprocess(predictions, SIZE)), expected)
+
+
+def test_few_candidates_are_exact_where_the_places_are_filled() -> None:
+    predictions = make_predictions()
+    whole = Postprocess(max_detections=20)(predictions, SIZE)
+    limited = Postprocess(max_detections=20, num_candidates=60)(predictions, SIZE)
+    assert limited.valid.all()
+    assert_same(unpack(limited), unpack(whole))
+
+
+def test_batched_equals_single() -> None:
+    predictions = make_predictions()
+    batched = Postprocess()(predictions, SIZE)
+    for i in range(3):
+        image = slice(i, i + 1)
+        single = Postprocess()(
+            predictions._replace(
+                deltas=predictions.deltas[image], logits=predictions.logits[image]
+            ),
+            SIZE,
+        )
+        assert_same(unpack(single), unpack(batched)[image])
+
+
+def one_image(boxes: list, logits: list) -> RawPredictions:
+    """Boxes as they are to come out; logits without the background's."""
+    logits_tensor = torch.tensor(logits).float()
+    background = torch.full((len(boxes), 1), 9.0)  # must not matter
+    return RawPredictions(
+        deltas=torch.zeros(1, len(boxes), 4),
+        logits=torch.cat([background, logits_tensor], dim=1)[None],
+        anchors=torch.tensor(boxes).float(),
+    )
+
+
+def test_detections_are_described() -> None:
+    detections = Postprocess(score_threshold=0.5, max_detections=3)(
+        one_image([[0, 0, 10, 10], [50, 50, 70, 90]], [[-9, 1], [2, -9]]), SIZE
+    )
+    assert detections.labels.tolist() == [[0, 1, 0]]
+    assert detections.valid.tolist() == [[True, True, False]]
+    assert detections.boxes.tolist() == [[[50, 50, 70, 90], [0, 0, 10, 10], [0, 0, 0, 0]]]
+    expected = torch.tensor([[2.0, 1.0, 0.0]]).sigmoid() * detections.valid
+    torch.testing.assert_close(detections.scores, expected)
+    assert detections.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("boxes", "logits", "num_kept"),
+    [
+        pytest.param([[0, 0, 10, 10], [0, 0, 10, 9]], [[2], [1]], 1, id="overlap"),
+        pytest.param([[0, 0, 10, 10], [0, 0, 10, 5]], [[2], [1]], 2, id="little overlap"),
+        pytest.param([[0, 0, 10, 10], [0, 0, 10, 6]], [[2], [1]], 2, id="the threshold itself"),
+        pytest.param(
+            [[0, 0, 10, 10], [0, 0, 10, 9]], [[2, -30], [-30, 1]], 2, id="of different classes"
+        ),
+        # Clipped they would be equal.
+        pytest.param([[0, 0, 900, 10], [0, 0, 100, 10]], [[2], [1]], 2, id="outside counts"),
+        pytest.param([[-20, 0, -5, 10], [0, 0, 5, 5]], [[2], [1]], 1, id="outside is dropped"),
+        pytest.param([[0, 0, 5, 5], [7, 7, 9, 9]], [[-30], [-30]], 0, id="low scores"),
+    ],
+)
+def test_single_cases(boxes: list, logits: list, num_kept: int) -> None:
+    assert Postprocess()(one_image(boxes, logits), SIZE).valid.sum() == num_kept
+
+
+def test_a_box_outside_still_suppresses() -> None:
+    """Suppression comes before clipping, as in the API."""
+    boxes = [[-20, 0, 0, 10], [-20, 0, 1, 10]]
+    assert not Postprocess()(one_image(boxes, [[2], [1]]), SIZE).valid.any()
+
+
+def test_images_do_not_suppress_each_other() -> None:
+    predictions = one_image([[0, 0, 10, 10]], [[2]])
+    twice = RawPredictions(
+        predictions.deltas.repeat(2, 1, 1), predictions.logits.repeat(2, 1, 1), predictions.anchors
+    )
+    assert Postprocess()(twice, SIZE).valid.sum(1).tolist() == [1, 1]
+
+
+def test_far_boxes_do_not_blur_overlaps() -> None:
+    """One wild box must not cost the others their fractions of a pixel."""
+    boxes = [[0, 0, 1e6, 1e6], [0, 0, 10, 10], [0, 0, 10, 6.01], [20, 0, 30, 10], [20, 0, 30, 5.99]]
+    logits = [[-30, 5], [-30, 4], [-30, 3], [-30, 2], [-30, 1]]
+    detections = Postprocess(score_threshold=0.5)(one_image(boxes, logits), SIZE)
+    heights = detections.boxes[0, :4, 3].tolist()
+    assert detections.valid.sum() == 4 and heights == pytest.approx([100, 10, 10, 5.99])
+
+
+def same_shapes(detections: Detections, num_images: int, num_detections: int) -> bool:
+    return (
+        detections.boxes.shape == (num_images, num_detections, 4)
+        and detections.scores.shape == (num_images, num_detections)
+        and detections.labels.shape == (num_images, num_detections)
+        and detections.valid.shape == (num_images, num_detections)
+    )
+
+
+def test_nothing_found() -> None:
+    predictions = make_predictions()
+    nothing = predictions._replace(logits=torch.full_like(predictions.logits, -100))
+    detections = Postprocess(max_detections=10)(nothing, SIZE)
+    assert same_shapes(detections, 3, 10)
+    assert not detections.valid.any() and not detections.scores.any()
+    assert not detections.boxes.any() and not detections.labels.any()
+
+
+@pytest.mark.parametrize(("num_images", "num_anchors"), [(0, 5), (2, 0)])
+def test_nothing_given(num_images: int, num_anchors: int) -> None:
+    detections = Postprocess()(make_predictions(num_images, num_anchors), SIZE)
+    assert not detections.valid.any()
+    assert detections.valid.shape[0] == num_images
+
+
+def test_half_precision() -> None:
+    predictions = make_predictions()
+    halved = predictions._replace(
+        deltas=predictions.deltas.bfloat16(), logits=predictions.logits.bfloat16()
+    )
+    detections = Postprocess()(halved, SIZE)
+    assert detections.boxes.dtype == detections.scores.dtype == torch.float32
+
+
+def test_no_gradient() -> None:
+    predictions = make_predictions()
+    predictions.logits.requires_grad_()
+    scores: Tensor = Postprocess()(predictions, SIZE).scores
+    assert not scores.requires_grad
