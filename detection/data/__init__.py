@@ -1,0 +1,1 @@
+"""From COCO files on disk to batches of images and targets."""

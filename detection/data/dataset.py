@@ -1,0 +1,169 @@
+"""Images from disk to batches.
+
+Shapes: B images, S input size, N boxes of an image, G box slots of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+from detection.data.coco import CocoIndex
+from detection.data.sampler import derive_seed
+from detection.data.transforms import Example
+from detection.errors import UserError
+from detection.images import UnreadableImage, load_annotated_image
+from detection.structures import Targets
+
+Transform = Callable[[tv_tensors.Image, tv_tensors.BoundingBoxes, Tensor], Example]
+
+
+class Sample(NamedTuple):
+    """One image, ready for the network.
+
+    Args:
+        image: (3, S, S) uint8.
+        boxes: (N, 4) float32, xyxy in input pixels.
+        labels: (N,) int64, contiguous from 0.
+        image_id: the data set's own id.
+        size: (height, width) of the image as the data set states them.
+        unreadable: "file: reason" of each image that could not be read on the way.
+    """
+
+    image: Tensor
+    boxes: Tensor
+    labels: Tensor
+    image_id: int
+    size: tuple[int, int]
+    unreadable: tuple[str, ...]
+
+
+class Batch(NamedTuple):
+    """Samples put together.
+
+    Args:
+        images: (B, 3, S, S) uint8.
+        targets: boxes and labels, padded.
+        image_ids: (B,) int64.
+        sizes: (B, 2) int64, height and width of the originals.
+        unreadable: those of all samples.
+    """
+
+    images: Tensor
+    targets: Targets
+    image_ids: Tensor
+    sizes: Tensor
+    unreadable: tuple[str, ...]
+
+
+class DetectionDataset(Dataset[Sample]):
+    """The images of an index, decoded and transformed.
+
+    An item is asked for by `(epoch, i)`, or by `i` alone, which means epoch 0. What it holds
+    depends on the seed, the epoch and `i` only: not on the process, nor on earlier items.
+
+    Args:
+        index: the split.
+        transform: from (image, boxes, labels) to the same at the input size.
+        seed: what the randomness of the transform depends on.
+        training: if an image cannot be read, take the next one that can (True), or a black
+            image without boxes in its place (False). Either way the sample names it.
+
+    Raises:
+        UserError: on access, if no image at all can be read (training).
+    """
+
+    def __init__(
+        self, index: CocoIndex, transform: Transform, *, seed: int, training: bool
+    ) -> None:
+        self.index = index
+        self.transform = transform
+        self.seed = seed
+        self.training = training
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        epoch, i = key if isinstance(key, tuple) else (0, key)
+        with _isolated(derive_seed(self.seed, epoch, i)):
+            return self._load(i)
+
+    def _load(self, first: int) -> Sample:
+        unreadable: list[str] = []
+        for shift in range(len(self)):
+            i = (first + shift) % len(self)
+            size, boxes, labels = self.index.sizes[i], self.index.boxes(i), self.index.labels(i)
+            file_name = self.index.file_names[i]
+            try:
+                image = load_annotated_image(self.index.images_dir / file_name, size)
+            except UnreadableImage as error:
+                unreadable.append(f"{file_name}: {error}")
+                if self.training:
+                    continue
+                image = Image.new("RGB", (size[1], size[0]))
+                boxes, labels = boxes[:0], labels[:0]
+            pixels, boxes, labels = self.transform(
+                tv_tensors.Image(F.pil_to_tensor(image)),
+                tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),  # pyright: ignore
+                labels,
+            )
+            return Sample(
+                image=pixels.as_subclass(Tensor),
+                boxes=boxes.as_subclass(Tensor),
+                labels=labels,
+                image_id=self.index.image_ids[i],
+                size=size,
+                unreadable=tuple(unreadable),
+            )
+        raise UserError(
+            f"{self.index.images_dir}: none of its {len(self)} images can be read "
+            f"(first: {unreadable[0]})"
+        )
+
+
+@contextmanager
+def _isolated(seed: int) -> Iterator[None]:
+    """Seeds torch's default CPU generator and restores it after, on one thread.
+
+    One thread as in a worker process, since float reductions inside colour transforms depend on
+    it, and since sharing out operations this small takes longer than doing them.
+    """
+    state, num_threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    # torch.manual_seed would seed the GPU generators as well, and nothing would restore those.
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        torch.set_num_threads(num_threads)
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stacks samples; G is the largest number of boxes, and at least 1."""
+    counts = [len(sample.boxes) for sample in samples]
+    num_slots = max(1, *counts)
+    targets = Targets(
+        boxes=torch.zeros(len(samples), num_slots, 4),
+        labels=torch.zeros(len(samples), num_slots, dtype=torch.int64),
+        valid=torch.arange(num_slots) < torch.tensor(counts)[:, None],
+    )
+    for row, (sample, count) in enumerate(zip(samples, counts, strict=True)):
+        targets.boxes[row, :count] = sample.boxes
+        targets.labels[row, :count] = sample.labels
+    return Batch(
+        images=torch.stack([sample.image for sample in samples]),
+        targets=targets,
+        image_ids=torch.tensor([sample.image_id for sample in samples]),
+        sizes=torch.tensor([sample.size for sample in samples]),
+        unreadable=tuple(name for sample in samples for name in sample.unreadable),
+    )

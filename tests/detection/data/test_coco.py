@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+from detection.data.coco import CocoIndex, check_same_categories
+from detection.errors import UserError
+from detection.structures import Category
+
+REAL_DATA = Path(__file__).parents[4] / "shared" / "data"
+
+CONTENT: dict[str, Any] = {
+    "images": [
+        {"id": 7, "file_name": "a.png", "width": 40, "height": 30},
+        {"id": 3, "file_name": "sub/b.png", "width": 20, "height": 10},
+        {"id": 5, "file_name": "c.png", "width": 8, "height": 8},
+    ],
+    "annotations": [
+        {
+            "id": 1,
+            "image_id": 3,
+            "category_id": 9,
+            "bbox": [1.5, 2, 5, 6],
+            "area": 11.0,
+            "iscrowd": 0,
+        },
+        {"id": 2, "image_id": 7, "category_id": 2, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 1},
+        {"id": 3, "image_id": 7, "category_id": 2, "bbox": [4, 4, 8, 2], "area": 16, "iscrowd": 0},
+        {"id": 4, "image_id": 7, "category_id": 9, "bbox": [1, 1, 1, 1], "area": 1, "iscrowd": 0},
+    ],
+    "categories": [{"id": 9, "name": "dog"}, {"id": 2, "name": "cat"}],
+}
+
+
+@pytest.fixture
+def content() -> dict[str, Any]:
+    return copy.deepcopy(CONTENT)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for record in CONTENT["images"]:
+        path = tmp_path / record["file_name"]
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (record["width"], record["height"])).save(path)
+    return tmp_path
+
+
+def load(folder: Path, content: Any, ids: Path | None = None) -> CocoIndex:
+    annotations = folder / "instances.json"
+    annotations.write_text(content if isinstance(content, str) else json.dumps(content))
+    return CocoIndex.load(images=folder, annotations=annotations, ids=ids)
+
+
+def error_line(folder: Path, content: Any, ids: Path | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        load(folder, content, ids)
+    (line,) = str(caught.value).splitlines()
+    return line
+
+
+def test_index(folder: Path, content: dict[str, Any]):
+    index = load(folder, content)
+    assert len(index) == 3
+    assert index.categories == (Category(2, "cat"), Category(9, "dog"))
+    assert index.image_ids == [7, 3, 5]
+    assert index.file_names == ["a.png", "sub/b.png", "c.png"]
+    assert index.sizes == [(30, 40), (10, 20), (8, 8)]
+    assert index.boxes(0).tolist() == [[4, 4, 12, 6], [1, 1, 2, 2]]
+    assert index.labels(0).tolist() == [0, 1]
+    assert index.boxes(1).tolist() == [[1.5, 2, 6.5, 8]]
+    assert index.labels(1).tolist() == [1]
+    assert index.boxes(2).shape == (0, 4) and index.boxes(2).dtype == torch.float32
+    assert index.labels(2).shape == (0,) and index.labels(2).dtype == torch.int64
+    assert index.describe() == []
+
+
+def test_no_annotations(folder: Path, content: dict[str, Any]):
+    content["annotations"] = []
+    index = load(folder, content)
+    assert all(index.boxes(i).shape == (0, 4) for i in range(3))
+    assert index.ground_truth()["annotations"] == []
+
+
+def test_ground_truth_loads_in_pycocotools(folder: Path, content: dict[str, Any]):
+    content["annotations"][2]["bbox"] = [35.0, 25.0, 10.0, 10.0]
+    truth = load(folder, content).ground_truth()
+    coco = COCO()
+    coco.dataset = truth  # pyright: ignore[reportAttributeAccessIssue]
+    coco.createIndex()
+    assert [a["id"] for a in truth["annotations"]] == [1, 2, 3, 4]
+    crowd, cut, _ = coco.loadAnns(coco.getAnnIds(imgIds=[7]))
+    assert (crowd["iscrowd"], crowd["area"], crowd["category_id"]) == (1, 81, 2)
+    assert (cut["iscrowd"], cut["bbox"]) == (0, [35, 25, 10, 10])
+    assert coco.loadImgs([3])[0]["file_name"] == "sub/b.png"
+    assert json.loads(json.dumps(truth)) == truth
+
+
+@pytest.mark.parametrize(
+    ("bbox", "kind"),
+    [
+        ([4, 4, 0, 2], "no area"),
+        ([4, 4, 2, -1], "no area"),
+        ([math.nan, 4, 2, 2], "four finite numbers"),
+        ([4, 4, math.inf, 2], "four finite numbers"),
+        ([4, 4, 10**400, 2], "four finite numbers"),
+        ([4, 4, "2", 2], "four finite numbers"),
+        ([4, 4, True, 2], "four finite numbers"),
+        ([4, 4, 2], "four finite numbers"),
+        (None, "four finite numbers"),
+        ({"x": 1}, "four finite numbers"),
+        ([40, 4, 5, 5], "outside of their image"),
+        ([-9, -9, 5, 5], "outside of their image"),
+        ([4, 4, 1e-9, 1], "outside of their image"),
+    ],
+)
+def test_broken_boxes_are_left_out(folder: Path, content: dict[str, Any], bbox: Any, kind: str):
+    content["annotations"][2]["bbox"] = bbox
+    index = load(folder, content)
+    assert index.boxes(0).tolist() == [[1, 1, 2, 2]]
+    assert index.labels(0).tolist() == [1]
+    assert len(index.ground_truth()["annotations"]) == 3
+    (line,) = index.describe()
+    assert kind in line and line.endswith(": 1 (first: annotation 3)")
+    assert line.startswith("instances.json: ")
+
+
+def test_boxes_over_the_edge_are_clipped(folder: Path, content: dict[str, Any]):
+    content["annotations"][2]["bbox"] = [-2, 25, 8, 10]
+    index = load(folder, content)
+    assert index.boxes(0)[0].tolist() == [0, 25, 6, 30]
+    assert "over the edge" in index.describe()[0]
+
+
+def test_unknown_references_are_counted(folder: Path, content: dict[str, Any]):
+    content["annotations"][0]["image_id"] = 99
+    content["annotations"][2]["category_id"] = [1]
+    content["annotations"][3]["category_id"] = 77
+    index = load(folder, content)
+    assert sum(len(index.boxes(i)) for i in range(3)) == 0
+    assert [line.partition(": ")[2] for line in index.describe()] == [
+        "annotations of unknown images, dropped: 1 (first: annotation 1, image 99)",
+        "annotations of unknown categories, dropped: 2 (first: annotation 3, category [1])",
+    ]
+
+
+def test_missing_fields_are_repaired(folder: Path, content: dict[str, Any]):
+    for key in ("id", "area", "iscrowd"):
+        del content["annotations"][2][key]
+    for key in ("width", "height"):
+        del content["images"][0][key]
+    index = load(folder, content)
+    assert index.sizes[0] == (30, 40)
+    assert sorted(index.problems.values()) == [1, 1, 1, 1]
+    assert index.ground_truth()["annotations"][1] == {
+        "id": 2,
+        "image_id": 7,
+        "category_id": 2,
+        "bbox": [4, 4, 8, 2],
+        "area": 16,
+        "iscrowd": 0,
+    }
+
+
+@pytest.mark.parametrize("text", ["3\n7\n", "[7, 3]", " 7 3"])
+def test_ids_choose_images(folder: Path, content: dict[str, Any], text: str):
+    ids = folder / "ids.txt"
+    ids.write_text(text)
+    (folder / "c.png").unlink()
+    index = load(folder, content, ids)
+    assert index.image_ids == [7, 3]
+    assert [len(index.boxes(i)) for i in range(2)] == [2, 1]
+    assert index.describe() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("8\n9\n3", "2 of its ids are not in"), ("a b", "not a list"), ("", "names no images")],
+)
+def test_bad_ids(folder: Path, content: dict[str, Any], text: str, part: str):
+    ids = folder / "ids.txt"
+    ids.write_text(text)
+    line = error_line(folder, content, ids)
+    assert part in line and "ids.txt" in line
+    assert "no such file" in error_line(folder, content, folder / "none.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("{", "not JSON"),
+        ("", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "not in COCO format"),
+        ("{}", '"images"'),
+        ('{"images": [], "annotations": {}, "categories": []}', '"annotations"'),
+        ('{"images": [], "annotations": []}', '"categories"'),
+    ],
+)
+def test_not_coco(folder: Path, text: str, part: str):
+    assert part in error_line(folder, text)
+
+
+@pytest.mark.parametrize(
+    ("section", "records", "part"),
+    [
+        ("categories", [], "category table is empty"),
+        ("categories", [{"id": 1}], 'category 0 has no "name"'),
+        ("categories", [{"id": "1", "name": "a"}], "category 0"),
+        ("categories", [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}], "2 categories"),
+        ("categories", [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}], "the name 'a'"),
+        ("images", [], "names no images"),
+        ("images", ["a.png"], "image 0 is not an object"),
+        ("images", [{"file_name": "a.png"}], 'image 0 has no "id"'),
+        ("images", [{"id": 1, "file_name": 4}], '"file_name"'),
+        ("images", [CONTENT["images"][0]] * 2, "2 images have the id 7"),
+        ("images", [{"id": 1, "file_name": "../a.png"}], "'../a.png'"),
+        ("images", [{"id": 1, "file_name": "/a.png"}], "'/a.png'"),
+        ("images", [{"id": 1, "file_name": ""}], "''"),
+        ("images", [{"id": 1, "file_name": "no\nfile.png"}], "lacks 1 of the 1 images"),
+        ("images", [{"id": 1, "file_name": "no/file.png"}], "lacks 1 of the 1 images"),
+        ("images", [{"id": 1, "file_name": "instances.json"}], "no width and height"),
+        ("annotations", [None], "annotation 0 is not an object"),
+        ("annotations", [{"image_id": 7, "bbox": []}], 'annotation 0 has no "category_id"'),
+    ],
+)
+def test_bad_records(
+    folder: Path, content: dict[str, Any], section: str, records: list[Any], part: str
+):
+    content[section] = records
+    line = error_line(folder, content)
+    assert part in line and str(folder) in line
+
+
+def test_missing_files(folder: Path):
+    for file in (folder / "none.json", folder):
+        with pytest.raises(UserError, match=str(file)):
+            CocoIndex.load(images=folder, annotations=file)
+    (folder / "some.json").write_text(json.dumps(CONTENT))
+    with pytest.raises(UserError, match="no such folder of images"):
+        CocoIndex.load(images=folder / "none", annotations=folder / "some.json")
+
+
+def test_not_text(folder: Path):
+    (folder / "some.json").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(UserError, match="not a text file"):
+        CocoIndex.load(images=folder, annotations=folder / "some.json")
+
+
+def test_check_same_categories(folder: Path, content: dict[str, Any]):
+    train, same = load(folder, content), load(folder, content)
+    check_same_categories(train, same)
+    content["categories"].append({"id": 4, "name": "bird"})
+    more = load(folder, content)
+    for pair in ((train, more), (more, train)):
+        with pytest.raises(UserError, match="4 'bird'"):
+            check_same_categories(*pair)
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "num_images", "num_boxes", "num_classes"),
+    [
+        ("bccd", "train", 292, 3941, 3),
+        ("bccd", "val", 72, 945, 3),
+        ("coco128", "train", 96, 717, 80),
+        ("coco128", "val", 32, 212, 80),
+    ],
+)
+def test_real_sets(name: str, split: str, num_images: int, num_boxes: int, num_classes: int):
+    root = REAL_DATA / name
+    if not root.is_dir():
+        pytest.skip(f"the real images of {name} are not on this machine")
+    index = CocoIndex.load(
+        images=root / "images", annotations=root / "annotations" / f"instances_{split}.json"
+    )
+    assert len(index) == num_images and len(index.categories) == num_classes
+    assert sum(len(index.boxes(i)) for i in range(num_images)) == num_boxes
+    assert index.describe() == []
+    stated = json.loads(index.annotations_file.read_text())["annotations"]
+    ours = index.ground_truth()["annotations"]
+    key = lambda a: (a["image_id"], a["category_id"], a["bbox"], a["area"])  # noqa: E731
+    assert sorted(map(key, ours)) == sorted(map(key, stated))
