@@ -1,0 +1,235 @@
+"""The official COCO metric, as pycocotools computes it.
+
+Shapes: N detections of an image. In pycocotools' arrays, (T, R, K, A, M) and (T, K, A, M):
+T IoU thresholds (0.50 to 0.95), R recall points, K categories, A area ranges (the first is all),
+M limits of detections an image and category (the last is 100).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from rich.box import SIMPLE_HEAD
+from rich.columns import Columns
+from rich.console import Group, RenderableType
+from rich.table import Table
+from torch import Tensor
+
+from detection.errors import UserError
+from detection.structures import Category
+
+METRIC_NAMES = (
+    *("AP", "AP50", "AP75", "APs", "APm", "APl"),
+    *("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
+)  # in the order of COCOeval.stats
+
+ROWS_PER_BLOCK = 20
+
+
+def coco_results(
+    boxes_xyxy: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    image_id: int,
+    categories: Sequence[Category],
+) -> list[dict[str, Any]]:
+    """Detections of one image in the COCO results format.
+
+    Args:
+        boxes_xyxy: (N, 4) in pixels of the original image.
+        scores: (N,).
+        labels: (N,) places in `categories`.
+        image_id: the data set's own id of the image.
+        categories: the category table.
+
+    Returns:
+        One dict a detection: image_id, category_id, bbox (xywh), score; nothing is rounded.
+    """
+    return [
+        {
+            "image_id": int(image_id),
+            "category_id": categories[label].id,
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": score,
+        }
+        for (x1, y1, x2, y2), score, label in zip(
+            boxes_xyxy.tolist(), scores.tolist(), labels.tolist(), strict=True
+        )
+    ]
+
+
+def evaluate_coco(ground_truth: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Metrics of one set of results; see `CocoEvaluator`, which serves many."""
+    return CocoEvaluator(ground_truth).evaluate(results)
+
+
+class CocoEvaluator:
+    """Evaluates results against one ground truth, which is indexed once.
+
+    Args:
+        ground_truth: a COCO dict (images, annotations, categories). Exactly its images are
+            evaluated. Every annotation needs `area`, `iscrowd` and an id that is not 0, which
+            pycocotools reads as "no match". The dict is not changed.
+    """
+
+    def __init__(self, ground_truth: dict[str, Any]) -> None:
+        self.ground_truth = _index(ground_truth, ground_truth["annotations"])
+
+    def evaluate(self, results: list[dict[str, Any]]) -> dict[str, Any]:
+        """The COCO metrics of `results`, in plain floats; -1 where no ground truth defines them.
+
+        Args:
+            results: COCO results format, as `coco_results` gives it; may be empty; not changed.
+
+        Returns:
+            The 12 numbers of pycocotools under `METRIC_NAMES`, and `per_class`: for each category
+            name, in the order of ids, AP, AP50, AP75, AR100 and num_boxes (without crowds).
+
+        Raises:
+            UserError: a result names an unknown image or category, or holds a number that is not
+                finite.
+        """
+        self._check(results)
+        annotations = [
+            {**result, "id": i, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
+            for i, result in enumerate(results, start=1)
+        ]
+        # loadRes would do the same, but refuses an empty list and writes into the results.
+        detections = _index(self.ground_truth.dataset, annotations)
+        evaluation = COCOeval(self.ground_truth, detections, iouType="bbox")
+        with redirect_stdout(StringIO()):
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        metrics: dict[str, Any] = dict(zip(METRIC_NAMES, map(float, evaluation.stats), strict=True))
+        return {**metrics, "per_class": self._per_class(evaluation)}
+
+    def _per_class(self, evaluation: COCOeval) -> dict[str, dict[str, float]]:
+        num_boxes = Counter(
+            annotation["category_id"]
+            for annotation in self.ground_truth.dataset["annotations"]
+            if not annotation["iscrowd"]
+        )
+        precision_trk = evaluation.eval["precision"][:, :, :, 0, -1]
+        recall_tk = evaluation.eval["recall"][:, :, 0, -1]
+        return {
+            name: {
+                "AP": _mean_defined(precision_trk[:, :, k]),
+                "AP50": _mean_defined(precision_trk[0, :, k]),
+                "AP75": _mean_defined(precision_trk[5, :, k]),
+                "AR100": _mean_defined(recall_tk[:, k]),
+                "num_boxes": num_boxes[category_id],
+            }
+            for k, (category_id, name) in enumerate(self._names().items())
+        }
+
+    def _names(self) -> dict[int, str]:
+        """Category id to name, by id; names that several categories bear are told apart by id."""
+        categories = sorted(self.ground_truth.dataset["categories"], key=lambda c: c["id"])
+        num_bearers = Counter(category["name"] for category in categories)
+        return {
+            c["id"]: c["name"] if num_bearers[c["name"]] == 1 else f"{c['name']} ({c['id']})"
+            for c in categories
+        }
+
+    def _check(self, results: list[dict[str, Any]]) -> None:
+        for key, known in (
+            ("image_id", self.ground_truth.imgs),
+            ("category_id", self.ground_truth.cats),
+        ):
+            if unknown := sorted({result[key] for result in results} - known.keys()):
+                raise UserError(
+                    f"results name {len(unknown)} {key}s that the annotations do not hold"
+                    f" (first: {unknown[0]}): evaluate on the data set they were made for"
+                )
+        numbers = np.array([[*result["bbox"], result["score"]] for result in results])
+        if len(broken := np.flatnonzero(~np.isfinite(numbers.reshape(-1, 5)).all(1))):
+            raise UserError(
+                f"{len(broken)} results hold numbers that are not finite (first: image_id"
+                f" {results[broken[0]]['image_id']}): the weights that made them are broken"
+            )
+
+
+def write_results(results: list[dict[str, Any]], path: str | Path) -> None:
+    """Write COCO results as JSON, atomically and unrounded: pycocotools reads the same numbers."""
+    _write_json(results, Path(path), indent=None)
+
+
+def write_metrics(metrics: dict[str, Any], path: str | Path) -> None:
+    """Write metrics as JSON, atomically."""
+    _write_json(metrics, Path(path), indent=2)
+
+
+def metrics_table(metrics: dict[str, Any]) -> RenderableType:
+    """The 12 numbers, then every class; a dash stands where no ground truth defines a number."""
+    return Group(
+        *(
+            _table(list(names), [[_format(metrics[name]) for name in names]])
+            for names in (METRIC_NAMES[:6], METRIC_NAMES[6:])
+        ),
+        _per_class_table(metrics["per_class"]),
+    )
+
+
+def _per_class_table(per_class: dict[str, dict[str, float]]) -> RenderableType:
+    keys = ("AP", "AP50", "AP75", "AR100")
+    rows = [
+        [name, str(numbers["num_boxes"]), *(_format(numbers[key]) for key in keys)]
+        for name, numbers in per_class.items()
+    ]
+    return Columns(
+        _table(["class", "boxes", *keys], rows[start : start + ROWS_PER_BLOCK])
+        for start in range(0, len(rows), ROWS_PER_BLOCK)
+    )
+
+
+def _table(header: list[str], rows: list[list[str]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in header:
+        if name == "class":
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True, min_width=5)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _format(value: float) -> str:
+    return "–" if value < 0 else f"{value:.3f}"
+
+
+def _mean_defined(values: np.ndarray) -> float:
+    defined = values[values > -1]
+    return float(defined.mean()) if len(defined) else -1.0
+
+
+def _index(dataset: Any, annotations: list[dict[str, Any]]) -> COCO:
+    coco: Any = COCO()
+    # pycocotools writes flags into the annotations: it gets its own.
+    coco.dataset = {
+        "images": dataset["images"],
+        "categories": dataset["categories"],
+        "annotations": [dict(annotation) for annotation in annotations],
+    }
+    with redirect_stdout(StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def _write_json(value: Any, path: Path, indent: int | None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    # Encoded before the file is opened, and in one piece: json.dump has no fast path.
+    temporary.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,96 @@
+"""Pictures of evaluation results: ground truth beside detections."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from detection.data.coco import CocoIndex
+from detection.images import UnreadableImage, load_annotated_image
+from detection.structures import ImageDetections
+from detection.visualization.gallery import contact_sheet, side_by_side
+from detection.visualization.media import write_picture
+
+
+def draw_results(
+    index: CocoIndex,
+    results: Sequence[Mapping[str, Any]],
+    folder: str | Path,
+    *,
+    num_pictures: int,
+    score_threshold: float,
+) -> list[Path]:
+    """Draw images spread evenly over a split, and a sheet of the first of them.
+
+    Args:
+        results: detections in the COCO results format.
+        folder: for one JPEG an image, named by its id, and `overview.jpg`.
+        num_pictures: how many images; those that cannot be read are left out.
+        score_threshold: detections of a lower score are not drawn.
+
+    Returns:
+        The files written.
+    """
+    labels = {category.id: label for label, category in enumerate(index.categories)}
+    by_image: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    for result in results:
+        by_image[result["image_id"]].append(result)
+    paths, pictures = [], []
+    for i in spread(len(index), num_pictures):
+        try:
+            image = load_annotated_image(index.images_dir / index.file_names[i], index.sizes[i])
+        except UnreadableImage:
+            continue
+        detections = _to_detections(by_image[index.image_ids[i]], labels)
+        pictures.append(
+            draw_beside_truth(index, i, image, detections, score_threshold=score_threshold)
+        )
+        paths.append(Path(folder) / f"{index.image_ids[i]}.jpg")
+        write_picture(pictures[-1], paths[-1])
+    if pictures:
+        paths.append(Path(folder) / "overview.jpg")
+        write_picture(contact_sheet(pictures[:6], columns=2, max_size=900), paths[-1])
+    return paths
+
+
+def draw_beside_truth(
+    index: CocoIndex,
+    i: int,
+    image: Image.Image,
+    detections: ImageDetections,
+    *,
+    score_threshold: float,
+) -> Image.Image:
+    """The ground truth of image `i` of a split beside what was detected in it."""
+    return side_by_side(
+        image,
+        index.boxes(i),
+        index.labels(i),
+        detections,
+        names=[category.name for category in index.categories],
+        score_threshold=score_threshold,
+    )
+
+
+def spread(num_images: int, num_pictures: int) -> list[int]:
+    """`num_pictures` places spread evenly over the images of a split, or all of them."""
+    count = min(num_pictures, num_images)
+    return [place * num_images // count for place in range(count)]
+
+
+def _to_detections(
+    results: Sequence[Mapping[str, Any]], labels: Mapping[int, int]
+) -> ImageDetections:
+    ranked = sorted(results, key=lambda result: -result["score"])
+    boxes = torch.tensor([result["bbox"] for result in ranked], dtype=torch.float32).view(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return ImageDetections(
+        boxes=boxes,
+        scores=torch.tensor([result["score"] for result in ranked], dtype=torch.float32),
+        labels=torch.tensor([labels[result["category_id"]] for result in ranked]),
+    )
