@@ -1,0 +1,201 @@
+"""What the scripts share: composing the config, and one clear line for a mistake."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from detection.errors import UserError
+
+
+def config_dir() -> Path:
+    """Where the configs lie: beside the scripts in a checkout, inside the package in a wheel."""
+    package = Path(__file__).resolve().parent
+    checkout = package.parent / "configs"
+    return checkout if (checkout / "train.yaml").is_file() else package / "configs"
+
+
+def run_script(job: Callable[[DictConfig], object], *, config_name: str) -> None:
+    """Compose the config from the command line and give it to `job`.
+
+    A mistake of the user ends the program with one line and status 1.
+    """
+    # A traceback is for bugs, and then a whole one.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+
+    def guarded(config: DictConfig) -> None:
+        try:
+            job(config)
+        except UserError as error:
+            fail(error)
+
+    arguments = sys.argv[1:]
+    if not {"--help", "-h", "--hydra-help", "--version"} & set(arguments):
+        try:
+            check_overrides(config_name, [word for word in arguments if not word.startswith("-")])
+        except UserError as error:
+            fail(error)
+    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(
+        guarded
+    )()
+
+
+def fail(error: Exception) -> None:
+    """Print one line and exit with status 1."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(1)
+
+
+def check_overrides(config_name: str, words: list[str]) -> None:
+    """Compose once to see whether the overrides fit.
+
+    Raises:
+        UserError: naming the word that does not, and the nearest that would.
+    """
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        try:
+            overrides = OverridesParser.create().parse_overrides(words)
+        except HydraException as error:
+            raise UserError(
+                f"cannot read the overrides {' '.join(words)}: write key=value "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+        single = [_first_of_sweep(override) for override in overrides]
+        try:
+            compose(config_name, overrides=single)
+        except (HydraException, OmegaConfBaseException) as error:
+            reason = _explain(config_name, overrides) or " ".join(str(error).split())
+            raise UserError(reason) from error
+
+
+def _first_of_sweep(override: Override) -> str:
+    if not override.is_sweep_override():
+        return str(override.input_line)
+    first = next(iter(override.sweep_string_iterator()))
+    return f"{override.get_key_element()}={first}"
+
+
+def _explain(config_name: str, overrides: list[Override]) -> str | None:
+    """The first override that names no group, option or key, and what it may have meant."""
+    loader = GlobalHydra.instance().config_loader()
+    choices = []
+    for override in overrides:
+        group, value = override.key_or_group, str(override.value())
+        options = _all_options(loader, group)
+        if options and value not in options:
+            return f"{group}={value}: there is no such {group}; {_suggest(value, options)}"
+        if options:
+            choices.append(str(override.input_line))
+    try:
+        composed = compose(config_name, overrides=choices)
+    except (HydraException, OmegaConfBaseException):
+        return None
+    keys = list(_flatten(composed))
+    for override in overrides:
+        key = override.key_or_group
+        known = {*keys, *loader.list_groups("")}
+        if key not in known and not override.is_add():
+            return f"{key}: there is no such key; {_suggest(key, sorted(known))}"
+    return None
+
+
+def _all_options(loader: Any, group: str, prefix: str = "") -> list[str]:
+    """Options of a group, those in its folders by their path."""
+    options = [
+        prefix + option for option in loader.get_group_options(f"{group}/{prefix}".rstrip("/"))
+    ]
+    for folder in loader.list_groups(f"{group}/{prefix}".rstrip("/")):
+        options += _all_options(loader, group, f"{prefix}{folder}/")
+    return options
+
+
+def _flatten(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in config:
+        name = f"{prefix}{key}"
+        yield name
+        child = config._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            yield from _flatten(child, f"{name}.")
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    # A key may be known under another section: `lr` is `optimizer.lr`.
+    near += [name for name in known if name.rsplit(".", 1)[-1] == word and name not in near]
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"known are {', '.join(name for name in known if '.' not in name)}"
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The config as plain containers, interpolations resolved.
+
+    Raises:
+        UserError: where a value is missing or cannot be resolved.
+    """
+    try:
+        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def hydra_overrides() -> list[str]:
+    """The overrides of the command line, or of the job of a sweep."""
+    return list(HydraConfig.get().overrides.task)
+
+
+def job_number() -> int | None:
+    """The number of this job in a sweep (`--multirun`); None outside one."""
+    config = HydraConfig.get()
+    return config.job.num if config.mode == RunMode.MULTIRUN else None
+
+
+def split_data(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The `data` section as (the source's config, the augmentation's)."""
+    source = {key: value for key, value in config.items() if key != "augmentation"}
+    return source, config["augmentation"]
+
+
+def lay_over(saved: DictConfig, composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The config of a run to resume: the saved one with the overrides given now.
+
+    Args:
+        saved: the run folder's config.
+        composed: today's config files with the overrides.
+        overrides: only what they name is taken from `composed`.
+
+    Raises:
+        UserError: where an override would change what the weights depend on.
+    """
+    config = saved.copy()
+    OmegaConf.set_struct(config, False)
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.key_or_group
+        if key == "experiment":
+            raise UserError("resume=true goes on with the run's own config: leave experiment= out")
+        OmegaConf.update(config, key, OmegaConf.select(composed, key), merge=False)
+    for section in ("model", "data", "optimizer", "seed"):
+        if config[section] != saved[section]:
+            raise UserError(
+                f"resume=true cannot change {section}: start a new run for that, "
+                "or leave the override out"
+            )
+    return config

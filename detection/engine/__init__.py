@@ -1,0 +1,1 @@
+"""Training and evaluation loops, the processes they run in, and the folder they write."""

@@ -1,0 +1,96 @@
+"""The evaluation loop: a detector over a split."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from detection.data.coco import CocoIndex
+from detection.data.dataset import DetectionDataset, collate
+from detection.data.sampler import split_evaluation
+from detection.data.transforms import EvalTransform
+from detection.detector import Detector, unbatch
+from detection.engine.processes import Processes
+from detection.engine.run_folder import LOGGER
+from detection.evaluation.coco import CocoEvaluator, coco_results
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation found.
+
+    Args:
+        metrics: the evaluator's, and `loss` with its named parts where a criterion was given.
+        results: all detections in the COCO results format.
+    """
+
+    metrics: dict[str, Any]
+    results: list[dict[str, Any]]
+
+
+@torch.no_grad()
+def evaluate(
+    detector: Detector,
+    index: CocoIndex,
+    evaluator: CocoEvaluator,
+    *,
+    processes: Processes,
+    criterion: nn.Module | None = None,
+    batch_size: int = 16,
+    num_workers: int = 2,
+) -> Evaluation:
+    """Run a detector over a split and measure it.
+
+    Every process runs its share of the images; all of them return the same metrics, rank 0 also
+    the results.
+
+    Args:
+        criterion: gives the loss of the split.
+    """
+    dataset = DetectionDataset(
+        index, EvalTransform(resize=detector.preprocess.resize), seed=0, training=False
+    )
+    batches = split_evaluation(
+        len(index), batch_size=batch_size, rank=processes.rank, world_size=processes.world_size
+    )
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=num_workers,
+        generator=torch.Generator(),
+        pin_memory=processes.device.type == "cuda",
+    )
+    results: list[dict[str, Any]] = []
+    sums: dict[str, float] = {}
+    unreadable: list[str] = []
+    for batch in loader:
+        predictions = detector.forward(batch.images)
+        if criterion is not None:
+            losses = criterion(predictions, batch.targets.to(processes.device))
+            for name, value in {**losses.sums, "num_matches": losses.num_matches}.items():
+                sums[name] = sums.get(name, 0.0) + value.item()
+        detections = unbatch(detector.decode(predictions, batch.sizes))
+        for image_id, found in zip(batch.image_ids.tolist(), detections, strict=True):
+            results += coco_results(*found, image_id, index.categories)
+        unreadable += batch.unreadable
+
+    shares = processes.gather((results, sums, unreadable))
+    results = [result for share in shares for result in share[0]]
+    for _, _, names in shares:
+        for name in names if processes.is_main else ():
+            LOGGER.warning("cannot read %s: evaluated as an image without detections", name)
+    metrics = evaluator.evaluate(results) if processes.is_main else {}
+    metrics.update(_mean_losses([share[1] for share in shares]))
+    return Evaluation(processes.share(metrics), results)
+
+
+def _mean_losses(shares: list[dict[str, float]]) -> dict[str, float]:
+    names = [name for name in max(shares, key=len) if name != "num_matches"]
+    if not names:
+        return {}
+    num_matches = max(sum(share.get("num_matches", 0.0) for share in shares), 1.0)
+    parts = {name: sum(s.get(name, 0.0) for s in shares) / num_matches for name in names}
+    return {"loss": sum(parts.values()), **{f"loss_{name}": part for name, part in parts.items()}}

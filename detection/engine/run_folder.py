@@ -1,0 +1,111 @@
+"""The folder of a training run, and the logging of its text."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.logging import RichHandler
+
+from detection.errors import UserError
+
+LOGGER = logging.getLogger("detection")
+
+
+class RunFolder:
+    """Where everything of a run lies."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.log = self.path / "train.log"
+        self.metrics_lines = self.path / "metrics.jsonl"
+        self.metrics = self.path / "metrics.json"
+        self.detections = self.path / "detections.json"
+        self.last = self.path / "checkpoints" / "last.pt"
+        self.best = self.path / "checkpoints" / "best.pt"
+        self.tensorboard = self.path / "tensorboard"
+        self.visualizations = self.path / "visualizations"
+
+    def check_new(self) -> None:
+        """Raise a UserError where a run lies there already."""
+        if self.config.exists():
+            raise UserError(
+                f"{self.path} already holds a run: give another run_dir, or resume=true"
+            )
+
+    def create(self, config: Mapping[str, Any]) -> None:
+        """Make the folder and write the config into it."""
+        try:
+            self.last.parent.mkdir(parents=True, exist_ok=True)
+            self.config.write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {self.path}: {error}") from error
+
+    def read_config(self) -> Any:
+        """The config that the run was started with.
+
+        Raises:
+            UserError: where no run lies there.
+        """
+        try:
+            return OmegaConf.load(self.config)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"resume=true, but {self.config} is not there: give the run_dir of a run"
+            ) from error
+        except (OSError, OmegaConfBaseException, ValueError) as error:
+            raise UserError(f"cannot read {self.config}: {error}") from error
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add a line to metrics.jsonl."""
+        with self.metrics_lines.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def cut_metrics(self, step: int) -> None:
+        """Forget the lines after a step: a resumed run writes them again."""
+        if not self.metrics_lines.exists():
+            return
+        kept = []
+        for line in self.metrics_lines.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the line that a kill cut short
+                break
+            if record["step"] <= step:
+                kept.append(line + "\n")
+        partial = self.metrics_lines.with_suffix(".tmp")
+        partial.write_text("".join(kept))
+        partial.replace(self.metrics_lines)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of a run folder."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def start_logging(console: Console, log_file: Path | None, *, is_main: bool = True) -> None:
+    """Send the program's text to the console, and to a file where one is given.
+
+    Where the console shows a progress bar, the lines of single steps (DEBUG) go to the file only.
+    Processes other than the main one only warn, and only on the console.
+    """
+    LOGGER.handlers.clear()
+    LOGGER.propagate = False
+    LOGGER.setLevel(logging.DEBUG if is_main else logging.WARNING)
+    handler: logging.Handler = logging.StreamHandler(sys.stdout)
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
+        handler.setLevel(logging.INFO)
+    LOGGER.addHandler(handler)
+    if log_file and is_main:
+        file_handler = logging.FileHandler(log_file)
+        file_handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        LOGGER.addHandler(file_handler)

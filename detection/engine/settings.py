@@ -1,0 +1,89 @@
+"""What a user can set of a training run; the `trainer` section of the config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from detection.errors import UserError
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(kw_only=True)
+class TrainerSettings:
+    """How to train, counted in optimizer steps.
+
+    Args:
+        steps: length of the run.
+        batch_size: images a step, over all processes and micro-batches.
+        num_micro_batches: a step's batch is run in so many parts (gradient accumulation).
+        num_workers: loader processes for each training process; changes no result.
+        precision: "fp32", or mixed "bf16" or "fp16".
+        gradient_clip_norm: largest norm of the gradient; None does not clip.
+        ema_decay: of the moving average of the weights; None keeps none.
+        channels_last: run the network in this memory format.
+        freeze_batch_norm: batch norm in inference mode from the start.
+        sync_batch_norm: batch statistics over all processes (GPU only).
+        deterministic: only deterministic kernels (matters on a GPU).
+        log_every: steps between lines of metrics.
+        evaluate_every: steps between evaluations; the last step always has one.
+        checkpoint_every: steps between writes of last.pt; None writes at evaluations.
+        early_stopping: stop after so many evaluations without a better AP; None never does.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+    """
+
+    steps: int
+    batch_size: int
+    num_micro_batches: int = 1
+    num_workers: int = 2
+    precision: str = "fp32"
+    gradient_clip_norm: float | None = None
+    ema_decay: float | None = None
+    channels_last: bool = False
+    freeze_batch_norm: bool = False
+    sync_batch_norm: bool = False
+    deterministic: bool = False
+    log_every: int = 20
+    evaluate_every: int = 500
+    checkpoint_every: int | None = None
+    early_stopping: int | None = None
+    device: str = "auto"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> TrainerSettings:
+        """Check types and ranges.
+
+        Raises:
+            UserError: naming the key and what it takes.
+        """
+        try:
+            settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), config))
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"trainer.{error.full_key}: {reason}") from error
+        assert isinstance(settings, cls)
+        settings._check()
+        return settings
+
+    def _check(self) -> None:
+        for name in ("steps", "batch_size", "num_micro_batches", "log_every", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"trainer.{name}={getattr(self, name)}: give at least 1")
+        for name in ("checkpoint_every", "early_stopping"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"trainer.{name}={getattr(self, name)}: give at least 1, or null")
+        if self.num_workers < 0:
+            raise UserError(f"trainer.num_workers={self.num_workers}: give 0 or more")
+        if self.precision not in PRECISIONS:
+            raise UserError(
+                f"trainer.precision={self.precision}: give one of {', '.join(PRECISIONS)}"
+            )
+        if self.gradient_clip_norm is not None and self.gradient_clip_norm <= 0:
+            raise UserError("trainer.gradient_clip_norm: give a positive norm, or null")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError("trainer.ema_decay: give a number between 0 and 1, or null")

@@ -1,0 +1,445 @@
+"""The train loop, counted in optimizer steps."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import islice
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+
+from detection.data.dataset import Batch, DetectionDataset, collate
+from detection.data.sampler import StepSampler
+from detection.engine.evaluate import Evaluation
+from detection.engine.loggers import Logger
+from detection.engine.processes import Processes
+from detection.engine.run_folder import LOGGER, RunFolder
+from detection.engine.settings import TrainerSettings
+from detection.errors import UserError
+from detection.evaluation.coco import write_metrics, write_results
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class TrainState:
+    """All that changes while training.
+
+    Args:
+        network: the detector's network.
+        optimizer: over its parameters.
+        schedule: of the learning rate.
+        scaler: of the loss, enabled where the precision is fp16.
+        ema: moving average of the network, or None.
+        step: optimizer steps taken.
+        best_metric: best AP so far.
+        stale_evaluations: evaluations since then.
+    """
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    scaler: torch.amp.GradScaler
+    ema: AveragedModel | None = None
+    step: int = 0
+    best_metric: float = -1.0
+    stale_evaluations: int = 0
+
+    @property
+    def averaged_network(self) -> nn.Module:
+        """The network to evaluate: the moving average where there is one."""
+        return self.network if self.ema is None else self.ema.module
+
+    def state_dict(self, processes: Processes) -> dict[str, Any]:
+        """Tensors and plain values, for `save_checkpoint`; call it in every process."""
+        cuda = processes.device.type == "cuda"
+        own = (torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None)
+        return {
+            "model": self.network.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "ema_updates": 0 if self.ema is None else int(self.ema.n_averaged),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "best_metric": self.best_metric,
+            "stale_evaluations": self.stale_evaluations,
+            "random_states": processes.gather(own),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], processes: Processes) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            UserError: where the state is of a run with other settings.
+        """
+        try:
+            self.network.load_state_dict(state["model"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(state["ema"])
+                self.ema.n_averaged.fill_(state["ema_updates"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.scaler.load_state_dict(state["scaler"])
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the checkpoint is of a run with other settings: {reason}") from error
+        self.step = state["step"]
+        self.best_metric = state["best_metric"]
+        self.stale_evaluations = state["stale_evaluations"]
+        if processes.rank < len(state["random_states"]):
+            cpu, cuda = state["random_states"][processes.rank]
+            torch.set_rng_state(cpu)
+            if cuda is not None and processes.device.type == "cuda":
+                torch.cuda.set_rng_state(cuda)
+
+
+class StopRequest:
+    """Notes SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+
+
+def run_training(
+    state: TrainState,
+    *,
+    dataset: DetectionDataset,
+    preprocess: nn.Module,
+    criterion: nn.Module,
+    evaluate: Callable[[nn.Module], Evaluation],
+    save: Callable[..., None],
+    logger: Logger,
+    folder: RunFolder,
+    settings: TrainerSettings,
+    seed: int,
+    processes: Processes,
+    console: Console,
+) -> bool:
+    """Train from `state.step` to `settings.steps`, evaluating and saving on the way.
+
+    Args:
+        state: changed in place; its network is on the processes' device.
+        evaluate: measures a network; metrics must hold `AP`.
+        save: called with a path and the state's dict, writes a checkpoint.
+        seed: of the order of the images.
+
+    Returns:
+        Whether the run came to its end: False where a signal stopped it.
+
+    Raises:
+        UserError: where a loss is not finite; last.pt is still that of the last good step.
+    """
+    batches = iter(make_loader(dataset, state.step, settings, seed, processes))
+    network = wrap_network(state.network, settings, processes)
+    set_training_mode(state.network, freeze_batch_norm=settings.freeze_batch_norm)
+    meter = Meter(settings, start_step=state.step)
+    unreadable: set[str] = set()
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (processes.is_main and console.is_terminal),
+    )
+    stop = False
+    with progress, StopRequest() as request:
+        task = progress.add_task("training", total=settings.steps, completed=state.step)
+        while state.step < settings.steps and not stop:
+            learning_rate = state.schedule.get_last_lr()[0]
+            step_batches = list(islice(batches, settings.num_micro_batches))
+            losses, stop = take_step(
+                state, network, step_batches, preprocess, criterion, settings, processes, request
+            )
+            state.step += 1
+            is_last = state.step == settings.steps
+            _report_unreadable(step_batches, unreadable)
+
+            meter.update(losses)
+            if state.step % settings.log_every == 0 or is_last:
+                scalars = {**meter.read(), "learning_rate": learning_rate}
+                if processes.is_main:
+                    text = meter.describe(state.step, scalars)
+                    LOGGER.debug("step %d/%d  %s", state.step, settings.steps, text)
+                    progress.update(task, description=text)
+                    _log(folder, logger, "train", state.step, scalars)
+            progress.update(task, completed=state.step)
+
+            is_best = False
+            evaluates = state.step % settings.evaluate_every == 0 or is_last
+            if evaluates:
+                evaluation = evaluate(state.averaged_network)
+                set_training_mode(state.network, freeze_batch_norm=settings.freeze_batch_norm)
+                is_best = _note_evaluation(state, evaluation, folder, logger, processes)
+                meter.restart()
+                stop = stop or state.stale_evaluations == settings.early_stopping
+            saves = evaluates
+            if settings.checkpoint_every is not None:
+                saves = saves or state.step % settings.checkpoint_every == 0
+            if saves or stop:
+                content = state.state_dict(processes)
+                if processes.is_main:
+                    if is_best:
+                        save(folder.best, **content)
+                    save(folder.last, **content)
+    if unreadable:
+        LOGGER.warning("%d images could not be read; others took their places", len(unreadable))
+    if state.stale_evaluations == settings.early_stopping:
+        LOGGER.info(
+            "stopped at step %d: no better AP in %d evaluations",
+            state.step,
+            state.stale_evaluations,
+        )
+        return True
+    return state.step >= settings.steps
+
+
+def take_step(
+    state: TrainState,
+    network: nn.Module,
+    batches: list[Batch],
+    preprocess: nn.Module,
+    criterion: nn.Module,
+    settings: TrainerSettings,
+    processes: Processes,
+    request: StopRequest,
+) -> tuple[dict[str, float], bool]:
+    """One optimizer step over the micro-batches of this process.
+
+    Loss sums are differentiated, and the gradients divided once by the number of matches in the
+    whole batch, so that neither processes nor micro-batches change the loss.
+
+    Returns:
+        The losses of the whole batch, by name and as `loss`; and whether any process was asked to
+        stop.
+    """
+    device = processes.device
+    dtype = AUTOCAST_DTYPES.get(settings.precision)
+    names: list[str] = []
+    totals: Tensor | float = 0.0
+    state.optimizer.zero_grad(set_to_none=True)
+    for number, batch in enumerate(batches, start=1):
+        images = preprocess(batch.images.to(device, non_blocking=True))
+        if settings.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        is_last = number == len(batches)
+        waits = isinstance(network, DistributedDataParallel) and not is_last
+        with network.no_sync() if waits else nullcontext():  # pyright: ignore
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                predictions = network(images)
+            losses = criterion(predictions, batch.targets.to(device, non_blocking=True))
+            state.scaler.scale(losses.total).backward()
+        names = list(losses.sums)
+        totals = totals + torch.stack([*losses.sums.values(), losses.num_matches]).detach()
+
+    asked = torch.tensor([float(request.received)], device=device)
+    *sums, num_matches, num_asked = processes.sum(torch.cat([totals, asked])).tolist()  # pyright: ignore
+    num_matches = max(num_matches, 1.0)
+    values = {name: value / num_matches for name, value in zip(names, sums, strict=True)}
+    values = {"loss": sum(values.values()), **values}
+    if not all(math.isfinite(value) for value in values.values()):
+        _refuse_losses(state.step + 1, values, batches, processes)
+
+    state.scaler.unscale_(state.optimizer)
+    gradients = [p.grad for p in state.network.parameters() if p.grad is not None]
+    # DistributedDataParallel gave the mean over the processes.
+    for gradient in gradients:
+        gradient.mul_(processes.world_size / num_matches)
+    if settings.gradient_clip_norm is not None:
+        nn.utils.clip_grad_norm_(state.network.parameters(), settings.gradient_clip_norm)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.schedule.step()
+    if state.ema is not None:
+        state.ema.update_parameters(state.network)
+    return values, num_asked > 0
+
+
+def make_loader(
+    dataset: DetectionDataset,
+    start_step: int,
+    settings: TrainerSettings,
+    seed: int,
+    processes: Processes,
+) -> DataLoader[Any]:
+    """Micro-batches of this process from `start_step` on; nothing of it depends on the workers."""
+    sampler = StepSampler(
+        num_images=len(dataset),
+        batch_size=settings.batch_size,
+        seed=seed,
+        start_step=start_step,
+        num_steps=settings.steps,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        num_micro_batches=settings.num_micro_batches,
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=settings.num_workers,
+        worker_init_fn=_ignore_interrupt,
+        # A generator of its own: the loader would draw from the default one.
+        generator=torch.Generator(),
+        pin_memory=processes.device.type == "cuda",
+        persistent_workers=settings.num_workers > 0,
+    )
+
+
+def wrap_network(network: nn.Module, settings: TrainerSettings, processes: Processes) -> nn.Module:
+    """The network as the loop calls it: over all processes where there are several."""
+    if settings.channels_last:
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if processes.world_size == 1:
+        return network
+    device_ids = [processes.device] if processes.device.type == "cuda" else None
+    return DistributedDataParallel(network, device_ids=device_ids)
+
+
+def set_training_mode(network: nn.Module, *, freeze_batch_norm: bool) -> None:
+    """Training mode, with batch norm left in inference mode where it is frozen."""
+    network.train()
+    if freeze_batch_norm:
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+class Meter:
+    """Means of the losses and the speed since they were last read."""
+
+    def __init__(self, settings: TrainerSettings, *, start_step: int) -> None:
+        self._settings = settings
+        self._start_step = start_step
+        self._sums: dict[str, float] = {}
+        self._count = 0
+        self._seconds = 0.0
+        self._seconds_per_step = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave out the time since the last step."""
+        self._last = time.perf_counter()
+
+    def update(self, losses: dict[str, float]) -> None:
+        """Take in one step."""
+        now = time.perf_counter()
+        self._seconds += now - self._last
+        self._last = now
+        self._count += 1
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def read(self) -> dict[str, float]:
+        """The means, and images per second; then start anew."""
+        self._seconds_per_step = self._seconds / self._count
+        scalars = {name: value / self._count for name, value in self._sums.items()}
+        scalars["images_per_second"] = self._settings.batch_size / self._seconds_per_step
+        self._sums, self._count, self._seconds = {}, 0, 0.0
+        return scalars
+
+    def describe(self, step: int, scalars: dict[str, float]) -> str:
+        """A line for people: losses, learning rate, speed, time left."""
+        left = timedelta(seconds=round((self._settings.steps - step) * self._seconds_per_step))
+        losses = "  ".join(
+            f"{name} {value:.4f}"
+            for name, value in scalars.items()
+            if name not in ("images_per_second", "learning_rate")
+        )
+        return (
+            f"{losses}  lr {scalars['learning_rate']:.5f}  "
+            f"{scalars['images_per_second']:.1f} images/s  {left} left"
+        )
+
+
+def _note_evaluation(
+    state: TrainState,
+    evaluation: Evaluation,
+    folder: RunFolder,
+    logger: Logger,
+    processes: Processes,
+) -> bool:
+    """Log an evaluation, and keep what belongs to the best: metrics.json, detections.json."""
+    metrics = {"step": state.step, **evaluation.metrics}
+    is_best = metrics["AP"] > state.best_metric
+    state.stale_evaluations = 0 if is_best else state.stale_evaluations + 1
+    if is_best:
+        state.best_metric = metrics["AP"]
+    if processes.is_main:
+        scalars = {k: v for k, v in evaluation.metrics.items() if isinstance(v, float)}
+        _log(folder, logger, "evaluation", state.step, scalars)
+        LOGGER.info(
+            "step %d: AP %.4f  AP50 %.4f  loss %.4f%s",
+            state.step,
+            metrics["AP"],
+            metrics["AP50"],
+            metrics["loss"],
+            "  (best so far)" if is_best else "",
+        )
+        if is_best:
+            write_metrics(metrics, folder.metrics)
+            write_results(evaluation.results, folder.detections)
+    return is_best
+
+
+def _log(
+    folder: RunFolder, logger: Logger, kind: str, step: int, scalars: dict[str, float]
+) -> None:
+    folder.append_metrics({"kind": kind, "step": step, **scalars})
+    logger.log_scalars({f"{kind}/{name}": value for name, value in scalars.items()}, step)
+
+
+def _refuse_losses(
+    step: int, values: dict[str, float], batches: list[Batch], processes: Processes
+) -> None:
+    own = [image_id for batch in batches for image_id in batch.image_ids.tolist()]
+    image_ids = sorted(image_id for share in processes.gather(own) for image_id in share)
+    losses = ", ".join(f"{name} {value}" for name, value in values.items())
+    raise UserError(
+        f"step {step}: the loss is not finite ({losses}) on the images {image_ids}; "
+        "last.pt is that of the last good step: lower optimizer.lr or set "
+        "trainer.gradient_clip_norm"
+    )
+
+
+def _report_unreadable(batches: list[Batch], known: set[str]) -> None:
+    for name in {name for batch in batches for name in batch.unreadable} - known:
+        known.add(name)
+        LOGGER.warning("cannot read %s: another image takes its place", name)
+
+
+def _ignore_interrupt(worker: int) -> None:
+    # Ctrl-C reaches the whole process group: the main process decides what becomes of it.
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

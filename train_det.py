@@ -1,0 +1,164 @@
+"""Train a detector: `python train_det.py [key=value ...]`; configs/train.yaml has the keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from detection.cli import hydra_overrides, job_number, lay_over, plain, run_script, split_data
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def main() -> None:
+    """The command `train-det`."""
+    run_script(_job, config_name="train")
+
+
+def _job(config: DictConfig) -> None:
+    number = job_number()
+    if number is not None:
+        config.run_dir = f"{config.run_dir}/{number}"
+    train(config, overrides=hydra_overrides())
+
+
+def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Train as a config says.
+
+    Args:
+        config: composed from configs/train.yaml.
+        overrides: those of the command line; where `config.resume`, they are laid over the config
+            that the run was started with.
+
+    Returns:
+        The metrics of the best checkpoint so far; empty where there is none yet.
+
+    Raises:
+        UserError: where the config, the data or a file is wrong.
+    """
+    # Imported when the config is known to be sound: torch takes seconds.
+    from functools import partial
+
+    import torch
+    from rich.console import Console
+    from torch.optim.lr_scheduler import LambdaLR
+
+    from condconv import count_parameters
+    from detection.build import build, build_model, build_partial
+    from detection.checkpoint import load_checkpoint, save_checkpoint
+    from detection.data.coco import check_same_categories
+    from detection.data.dataset import DetectionDataset
+    from detection.data.sources import load_split
+    from detection.data.transforms import TrainTransform
+    from detection.detector import Detector
+    from detection.engine.evaluate import Evaluation, evaluate
+    from detection.engine.optimization import average_weights, parameter_groups
+    from detection.engine.processes import join_processes
+    from detection.engine.run_folder import LOGGER, RunFolder, read_json, start_logging
+    from detection.engine.settings import TrainerSettings
+    from detection.engine.train import TrainState, run_training
+    from detection.evaluation.coco import CocoEvaluator, metrics_table
+    from detection.visualization.results import draw_results
+
+    if config.resume:
+        config = lay_over(RunFolder(config.run_dir).read_config(), config, overrides)
+    content = plain(config)
+    settings = TrainerSettings.from_config(content["trainer"])
+    torch.use_deterministic_algorithms(settings.deterministic)
+    console = Console()
+
+    with join_processes(settings.device) as processes:
+        # Everything is checked and built before the run folder is touched.
+        folder = RunFolder(processes.share(content["run_dir"]))
+        checkpoint = load_checkpoint(folder.last) if content["resume"] else None
+        if checkpoint is None:
+            folder.check_new()
+        source, augmentation = split_data(content["data"])
+        splits = build(source)
+        train_index, val_index = load_split(splits.train), load_split(splits.val)
+        check_same_categories(train_index, val_index)
+        categories = train_index.categories
+
+        torch.manual_seed(content["seed"])
+        parts = build_model(content["model"], len(categories))
+        parts.network.to(processes.device)
+        transform = TrainTransform(resize=parts.preprocess.resize, **augmentation)
+        optimizer = build(content["optimizer"], params=parameter_groups(parts.network))
+        state = TrainState(
+            network=parts.network,
+            optimizer=optimizer,
+            schedule=LambdaLR(optimizer, build_partial(content["schedule"])),
+            scaler=torch.amp.GradScaler(
+                processes.device.type, enabled=settings.precision == "fp16"
+            ),
+            ema=average_weights(parts.network, settings.ema_decay) if settings.ema_decay else None,
+        )
+        if checkpoint is not None:
+            state.load_state_dict(checkpoint, processes)
+
+        if processes.is_main:
+            folder.create(content)
+            folder.cut_metrics(state.step)
+        start_logging(console, folder.log, is_main=processes.is_main)
+        LOGGER.info(
+            "%d training and %d validation images, %d classes; %.2fM parameters; run folder %s",
+            len(train_index),
+            len(val_index),
+            len(categories),
+            count_parameters(parts.network) / 1e6,
+            folder.path,
+        )
+        for line in [*train_index.describe(), *val_index.describe()]:
+            LOGGER.info(line)
+        evaluator = CocoEvaluator(val_index.ground_truth())
+
+        def evaluate_network(network: torch.nn.Module) -> Evaluation:
+            detector = Detector(parts._replace(network=network), categories, processes.device)
+            return evaluate(
+                detector,
+                val_index,
+                evaluator,
+                processes=processes,
+                criterion=parts.criterion,
+                batch_size=content["evaluation"]["batch_size"],
+                num_workers=content["evaluation"]["num_workers"],
+            )
+
+        logger = build(content["logger"], folder=folder.tensorboard, start_step=state.step)
+        finished = run_training(
+            state,
+            dataset=DetectionDataset(train_index, transform, seed=content["seed"], training=True),
+            preprocess=parts.preprocess.to(processes.device),
+            criterion=parts.criterion,
+            evaluate=evaluate_network,
+            save=partial(save_checkpoint, config=content, categories=categories),
+            logger=logger,
+            folder=folder,
+            settings=settings,
+            seed=content["seed"],
+            processes=processes,
+            console=console,
+        )
+        if not finished:
+            LOGGER.info(
+                "stopped at step %d; go on with: python train_det.py run_dir=%s resume=true",
+                state.step,
+                folder.path,
+            )
+        elif processes.is_main:
+            console.print(metrics_table(read_json(folder.metrics)))
+            draw_results(
+                val_index,
+                read_json(folder.detections),
+                folder.visualizations,
+                num_pictures=content["evaluation"]["num_pictures"],
+                score_threshold=content["evaluation"]["picture_score_threshold"],
+            )
+            LOGGER.info("done: best AP %.4f; see %s", state.best_metric, folder.path)
+        metrics = read_json(folder.metrics) if folder.metrics.exists() else {}
+        return processes.share(metrics)
+
+
+if __name__ == "__main__":
+    main()

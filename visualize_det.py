@@ -1,0 +1,145 @@
+"""Look at detections: `python visualize_det.py checkpoint=FILE source=IMAGE|FOLDER|VIDEO`.
+
+configs/visualize.yaml has the keys.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from detection.cli import plain, run_script, split_data
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from detection.detector import Detector
+
+
+def main() -> None:
+    """The command `visualize-det`."""
+    run_script(visualize, config_name="visualize")
+
+
+def visualize(config: DictConfig) -> list[Path]:
+    """Draw what a checkpoint detects in a source, or in a split beside its ground truth.
+
+    Args:
+        config: composed from configs/visualize.yaml.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: where the config, the checkpoint or the source is wrong.
+    """
+    from rich.console import Console
+
+    from detection.checkpoint import load_checkpoint, load_model, read_categories
+    from detection.detector import Detector
+    from detection.engine.processes import choose_device
+    from detection.engine.run_folder import start_logging
+    from detection.errors import UserError
+
+    content = plain(config)
+    if content["checkpoint"] is None:
+        raise UserError("checkpoint is not set: give checkpoint=FILE, as train_det.py writes it")
+    if content["format"] not in (None, "jpg", "png"):
+        raise UserError(f"format={content['format']}: give jpg or png, or leave it out")
+    start_logging(Console(), None)
+    checkpoint = load_checkpoint(content["checkpoint"])
+    detector = Detector(
+        load_model(checkpoint), read_categories(checkpoint), choose_device(content["device"])
+    )
+    if content["source"] is not None:
+        return _draw_source(detector, content)
+    return _draw_split(detector, content.get("data") or checkpoint["config"]["data"], content)
+
+
+def _draw_source(detector: Detector, content: dict[str, Any]) -> list[Path]:
+    from contextlib import ExitStack
+    from itertools import islice
+
+    from rich.progress import Progress
+
+    from detection.engine.run_folder import LOGGER
+    from detection.evaluation.coco import coco_results, write_results
+    from detection.visualization.drawing import draw_detections
+    from detection.visualization.media import VideoWriter, read_source, write_picture
+
+    source = read_source(content["source"])
+    folder = Path(content["output"])
+    suffix = f".{content['format']}" if content["format"] else None
+    written: list[Path] = []
+    records: list[dict[str, Any]] = []
+    num_frames = 0
+    with ExitStack() as stack:
+        video = None
+        if source.is_video:
+            written.append(source.output_path(folder, source.path.name, ".mp4"))
+            video = stack.enter_context(VideoWriter(written[0], source.fps or 25))
+        progress = stack.enter_context(Progress())
+        task = progress.add_task("detecting", total=source.num_frames)
+        frames = iter(source)
+        while batch := list(islice(frames, content["batch_size"])):
+            found = detector.predict(
+                [frame.image for frame in batch], score_threshold=content["score_threshold"]
+            )
+            for frame, detections in zip(batch, found, strict=True):
+                boxes, scores, labels = detections
+                picture = draw_detections(frame.image, boxes, labels, scores, names=detector.names)
+                if video is None:
+                    written.append(source.output_path(folder, frame.name, suffix))
+                    write_picture(picture, written[-1])
+                else:
+                    video.write(picture)
+                results = coco_results(*detections, num_frames, detector.categories)
+                records += [{"file_name": frame.name, **result} for result in results]
+                num_frames += 1
+            progress.advance(task, len(batch))
+    if content["save_json"]:
+        written.append(folder / "detections.json")
+        write_results(records, written[-1])
+    for name in source.unreadable:
+        LOGGER.warning("cannot read %s: left out", name)
+    if source.num_ignored:
+        LOGGER.warning("%d files are no pictures by their suffix: left out", source.num_ignored)
+    LOGGER.info("%d detections in %d pictures: %s", len(records), num_frames, folder)
+    return written
+
+
+def _draw_split(detector: Detector, data: dict[str, Any], content: dict[str, Any]) -> list[Path]:
+    from rich.progress import track
+
+    from detection.build import build
+    from detection.data.sources import find_split, load_split
+    from detection.engine.run_folder import LOGGER
+    from detection.images import UnreadableImage, load_annotated_image
+    from detection.visualization.media import write_picture
+    from detection.visualization.results import draw_beside_truth, spread
+
+    index = load_split(find_split(build(split_data(data)[0]), content["split"]))
+    detector.check_categories(index.categories)
+    for line in index.describe():
+        LOGGER.warning(line)
+    written: list[Path] = []
+    chosen = spread(len(index), content["max_images"] or len(index))
+    for i in track(chosen, description="detecting"):
+        try:
+            image = load_annotated_image(index.images_dir / index.file_names[i], index.sizes[i])
+        except UnreadableImage as error:
+            LOGGER.warning("cannot read %s: %s", index.file_names[i], error)
+            continue
+        detections = detector.predict(image)[0]
+        picture = draw_beside_truth(
+            index, i, image, detections, score_threshold=content["score_threshold"]
+        )
+        suffix = content["format"] or "jpg"
+        written.append(Path(content["output"]) / f"{index.image_ids[i]}.{suffix}")
+        write_picture(picture, written[-1])
+    LOGGER.info("%d pictures, ground truth beside detections: %s", len(written), content["output"])
+    return written
+
+
+if __name__ == "__main__":
+    main()
