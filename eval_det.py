@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detection.cli import plain, run_script, split_data
+from detection.cli import find_data, plain, run_script, split_data
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -52,13 +52,13 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
         raise UserError("checkpoint is not set: give checkpoint=FILE, as train_det.py writes it")
     path = Path(content["checkpoint"])
     checkpoint = load_checkpoint(path)
-    source, _ = split_data(content.get("data") or checkpoint["config"]["data"])
+    source, _ = split_data(find_data(content, checkpoint))
 
     with join_processes(content["device"]) as processes:
         index = load_split(find_split(build(source), content["split"]))
         parts = load_model(checkpoint, weights=content["weights"])
         detector = Detector(parts, read_categories(checkpoint), processes.device)
-        detector.check_categories(index.categories)
+        detector.match_categories(index.categories)
         output = Path(content["output"] or path.with_name(f"{path.stem}-{content['split']}"))
         start_logging(console, None, is_main=processes.is_main)
         for line in [f"{len(index)} images of {index.annotations_file}", *index.describe()]:

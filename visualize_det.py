@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detection.cli import plain, run_script, split_data
+from detection.cli import find_data, plain, run_script, split_data
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -53,7 +53,7 @@ def visualize(config: DictConfig) -> list[Path]:
     )
     if content["source"] is not None:
         return _draw_source(detector, content)
-    return _draw_split(detector, content.get("data") or checkpoint["config"]["data"], content)
+    return _draw_split(detector, find_data(content, checkpoint), content)
 
 
 def _draw_source(detector: Detector, content: dict[str, Any]) -> list[Path]:
@@ -115,11 +115,12 @@ def _draw_split(detector: Detector, data: dict[str, Any], content: dict[str, Any
     from detection.data.sources import find_split, load_split
     from detection.engine.run_folder import LOGGER
     from detection.images import UnreadableImage, load_annotated_image
+    from detection.visualization.gallery import side_by_side
     from detection.visualization.media import write_picture
-    from detection.visualization.results import draw_beside_truth, spread
+    from detection.visualization.results import spread
 
     index = load_split(find_split(build(split_data(data)[0]), content["split"]))
-    detector.check_categories(index.categories)
+    own_labels = detector.match_categories(index.categories)
     for line in index.describe():
         LOGGER.warning(line)
     written: list[Path] = []
@@ -131,8 +132,13 @@ def _draw_split(detector: Detector, data: dict[str, Any], content: dict[str, Any
             LOGGER.warning("cannot read %s: %s", index.file_names[i], error)
             continue
         detections = detector.predict(image)[0]
-        picture = draw_beside_truth(
-            index, i, image, detections, score_threshold=content["score_threshold"]
+        picture = side_by_side(
+            image,
+            index.boxes(i),
+            own_labels[index.labels(i)],
+            detections,
+            names=detector.names,
+            score_threshold=content["score_threshold"],
         )
         suffix = content["format"] or "jpg"
         written.append(Path(content["output"]) / f"{index.image_ids[i]}.{suffix}")

@@ -333,8 +333,8 @@ def _channels_at_once(patches: Tensor, weight: Tensor, groups: int) -> int:
         return channels
     num_bytes = patches.shape[0] * weight[0].numel() * weight.element_size()
     fitting_bytes = max(MIXED_BYTES, patches.numel() * patches.element_size())
-    num_blocks = min(num_bytes // fitting_bytes + 1, max(channels // MIN_CHANNELS, 1))
-    return -(-channels // num_blocks)
+    num_blocks = min(-(-num_bytes // fitting_bytes), channels // MIN_CHANNELS)
+    return -(-channels // max(num_blocks, 1))
 
 
 def _split_groups(tensor: Tensor, groups: int) -> Tensor:

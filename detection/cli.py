@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,21 @@ def split_data(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The `data` section as (the source's config, the augmentation's)."""
     source = {key: value for key, value in config.items() if key != "augmentation"}
     return source, config["augmentation"]
+
+
+def find_data(config: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The `data` section to evaluate on: the one chosen now, else the checkpoint's own.
+
+    Raises:
+        UserError: where there is neither.
+    """
+    data = config.get("data") or checkpoint["config"].get("data")
+    if data is None:
+        raise UserError(
+            "the checkpoint names no data: give data=coco data.root=DIR, or data=custom "
+            "data.val.images=DIR data.val.annotations=FILE"
+        )
+    return data
 
 
 def lay_over(saved: DictConfig, composed: DictConfig, overrides: Sequence[str]) -> DictConfig:

@@ -56,24 +56,24 @@ class Detector:
         """Class names by label."""
         return [category.name for category in self.categories]
 
-    def check_categories(self, categories: Sequence[Category]) -> None:
-        """See that a data set's category table has this detector's class names, in their order.
+    def match_categories(self, categories: Sequence[Category]) -> Tensor:
+        """This detector's label of each class of a data set, matched by name: (K,) int64.
+
+        The data set may have fewer classes, and another order and other ids.
 
         Raises:
-            UserError: naming the first difference.
+            UserError: naming the classes that the detector does not know.
         """
-        names = [category.name for category in categories]
-        if len(names) != len(self.names):
+        labels = {name: label for label, name in enumerate(self.names)}
+        unknown = [category.name for category in categories if category.name not in labels]
+        if unknown:
+            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
             raise UserError(
-                f"the checkpoint detects {len(self.names)} classes, the data has {len(names)}: "
+                f"the checkpoint detects {len(self.names)} classes, and none named "
+                f"{', '.join(map(repr, unknown[:3]))}{more}, which the data has: "
                 "evaluate on the data set it was trained for"
             )
-        for own, name in zip(self.names, names, strict=True):
-            if own != name:
-                raise UserError(
-                    f"the checkpoint's class {own!r} stands where the data has {name!r}: "
-                    "evaluate on the data set it was trained for"
-                )
+        return torch.tensor([labels[category.name] for category in categories])
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> RawPredictions:

@@ -16,6 +16,7 @@ from detection.detector import Detector, unbatch
 from detection.engine.processes import Processes
 from detection.engine.run_folder import LOGGER
 from detection.evaluation.coco import CocoEvaluator, coco_results
+from detection.structures import ImageDetections
 
 
 class Evaluation(NamedTuple):
@@ -43,8 +44,8 @@ def evaluate(
 ) -> Evaluation:
     """Run a detector over a split and measure it.
 
-    Every process runs its share of the images; all of them return the same metrics, rank 0 also
-    the results.
+    Every process runs its share of the images; all of them return the same metrics and results.
+    Classes are matched by name; detections of classes that the data has not are left out.
 
     Args:
         criterion: gives the loss of the split.
@@ -63,18 +64,24 @@ def evaluate(
         generator=torch.Generator(),
         pin_memory=processes.device.type == "cuda",
     )
+    own_labels = detector.match_categories(index.categories)
+    # The data's category by the detector's label; a detector may know classes the data has not.
+    categories = dict(zip(own_labels.tolist(), index.categories, strict=True))
     results: list[dict[str, Any]] = []
     sums: dict[str, float] = {}
     unreadable: list[str] = []
     for batch in loader:
         predictions = detector.forward(batch.images)
         if criterion is not None:
-            losses = criterion(predictions, batch.targets.to(processes.device))
+            targets = batch.targets._replace(labels=own_labels[batch.targets.labels])
+            losses = criterion(predictions, targets.to(processes.device))
             for name, value in {**losses.sums, "num_matches": losses.num_matches}.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
         detections = unbatch(detector.decode(predictions, batch.sizes))
         for image_id, found in zip(batch.image_ids.tolist(), detections, strict=True):
-            results += coco_results(*found, image_id, index.categories)
+            known = torch.isin(found.labels, own_labels)
+            found = ImageDetections(*(values[known] for values in found))
+            results += coco_results(*found, image_id, categories)
         unreadable += batch.unreadable
 
     shares = processes.gather((results, sums, unreadable))

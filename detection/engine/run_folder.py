@@ -97,7 +97,9 @@ def start_logging(console: Console, log_file: Path | None, *, is_main: bool = Tr
     Where the console shows a progress bar, the lines of single steps (DEBUG) go to the file only.
     Processes other than the main one only warn, and only on the console.
     """
-    LOGGER.handlers.clear()
+    for old in list(LOGGER.handlers):
+        LOGGER.removeHandler(old)
+        old.close()
     LOGGER.propagate = False
     LOGGER.setLevel(logging.DEBUG if is_main else logging.WARNING)
     handler: logging.Handler = logging.StreamHandler(sys.stdout)

@@ -70,6 +70,25 @@ class TrainerSettings:
         settings._check()
         return settings
 
+    def check_shares(self, world_size: int) -> None:
+        """See that the batch can be shared out to processes and micro-batches.
+
+        Raises:
+            UserError: where a share is uneven, or too small for batch norm.
+        """
+        num_shares = world_size * self.num_micro_batches
+        if self.batch_size % num_shares:
+            raise UserError(
+                f"trainer.batch_size={self.batch_size} cannot be shared by {world_size} "
+                f"process(es) with {self.num_micro_batches} micro-batch(es) each: "
+                f"give a multiple of {num_shares}"
+            )
+        if self.batch_size == num_shares and not self.freeze_batch_norm:
+            raise UserError(
+                f"trainer.batch_size={self.batch_size} leaves one image a micro-batch, and batch "
+                "norm needs two: give a larger batch, or trainer.freeze_batch_norm=true"
+            )
+
     def _check(self) -> None:
         for name in ("steps", "batch_size", "num_micro_batches", "log_every", "evaluate_every"):
             if getattr(self, name) < 1:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -41,7 +41,7 @@ def coco_results(
     scores: Tensor,
     labels: Tensor,
     image_id: int,
-    categories: Sequence[Category],
+    categories: Sequence[Category] | Mapping[int, Category],
 ) -> list[dict[str, Any]]:
     """Detections of one image in the COCO results format.
 
@@ -50,7 +50,7 @@ def coco_results(
         scores: (N,).
         labels: (N,) places in `categories`.
         image_id: the data set's own id of the image.
-        categories: the category table.
+        categories: the category table, or a mapping from labels.
 
     Returns:
         One dict a detection: image_id, category_id, bbox (xywh), score; nothing is rounded.

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from detection.data.coco import CocoIndex
 from detection.images import UnreadableImage, load_annotated_image
@@ -46,35 +45,21 @@ def draw_results(
             image = load_annotated_image(index.images_dir / index.file_names[i], index.sizes[i])
         except UnreadableImage:
             continue
-        detections = _to_detections(by_image[index.image_ids[i]], labels)
-        pictures.append(
-            draw_beside_truth(index, i, image, detections, score_threshold=score_threshold)
+        picture = side_by_side(
+            image,
+            index.boxes(i),
+            index.labels(i),
+            _to_detections(by_image[index.image_ids[i]], labels),
+            names=[category.name for category in index.categories],
+            score_threshold=score_threshold,
         )
+        pictures.append(picture)
         paths.append(Path(folder) / f"{index.image_ids[i]}.jpg")
-        write_picture(pictures[-1], paths[-1])
+        write_picture(picture, paths[-1])
     if pictures:
         paths.append(Path(folder) / "overview.jpg")
         write_picture(contact_sheet(pictures[:6], columns=2, max_size=900), paths[-1])
     return paths
-
-
-def draw_beside_truth(
-    index: CocoIndex,
-    i: int,
-    image: Image.Image,
-    detections: ImageDetections,
-    *,
-    score_threshold: float,
-) -> Image.Image:
-    """The ground truth of image `i` of a split beside what was detected in it."""
-    return side_by_side(
-        image,
-        index.boxes(i),
-        index.labels(i),
-        detections,
-        names=[category.name for category in index.categories],
-        score_threshold=score_threshold,
-    )
 
 
 def spread(num_images: int, num_pictures: int) -> list[int]:

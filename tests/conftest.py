@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from detection.cli import config_dir
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
+
+# The tests' tensors are small: threads would only wait for each other.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tests keep the embedded set, so that it is drawn once."""
+    return tmp_path_factory.mktemp("shapes")
+
+
+@pytest.fixture
+def tiny_data(shapes_root: Path) -> list[str]:
+    """A handful of generated images."""
+    return [
+        f"data.root={shapes_root}",
+        "data.num_train=10",
+        "data.num_val=5",
+        "data.image_size=[64,80]",
+    ]
+
+
+@pytest.fixture
+def tiny_model() -> list[str]:
+    """The smallest CondConv SSD: a step takes milliseconds."""
+    return [
+        "model.width=0.25",
+        "model.num_experts=2",
+        "model.input_size=64",
+        "trainer.batch_size=4",
+        "trainer.num_workers=0",
+        "trainer.log_every=1",
+        "trainer.device=cpu",
+        "evaluation.num_workers=0",
+        "evaluation.num_pictures=2",
+        "logger=none",
+    ]
+
+
+@pytest.fixture
+def compose_config() -> Callable[[str, Sequence[str]], Any]:
+    """Composes a config as a script would."""
+
+    def compose_config(name: str, overrides: Sequence[str]) -> Any:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return compose(name, overrides=list(overrides))
+
+    return compose_config
+
+
+@pytest.fixture
+def start_script() -> Callable[..., subprocess.Popen[str]]:
+    """Starts a script of the project as a user would, on one thread."""
+
+    def start(script: str, *arguments: str, launcher: Sequence[str] = (), cwd: Path = ROOT) -> Any:
+        return subprocess.Popen(
+            [sys.executable, *launcher, str(ROOT / script), *arguments],
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture
+def run_script(start_script: Callable[..., Any]) -> Callable[..., tuple[int, str]]:
+    """Runs a script to its end: its exit status and what it printed."""
+
+    def run(script: str, *arguments: str, **options: Any) -> tuple[int, str]:
+        process = start_script(script, *arguments, **options)
+        printed, _ = process.communicate(timeout=300)
+        return process.returncode, printed
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The real images beside the checkout; tests that need them skip where they are absent."""
+    if not DATA.is_dir():
+        pytest.skip("no real images: ../shared/data is absent")
+    return DATA

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from condconv import RoutedCondConv2d
+from condconv.backbones import MobileNetV1
+from detection.errors import UserError
+from detection.importers.backbone import load_backbone, spread_over_experts
+from detection.models.ssd import ssd_mobilenet_v1
+
+
+def calibrate(network: nn.Module, images: torch.Tensor) -> nn.Module:
+    """Batch norm statistics of some images: features of a new network are next to nothing."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+            nn.init.normal_(module.weight, 1, 0.2)
+            nn.init.normal_(module.bias, 0, 0.2)
+    network(images)
+    return network.eval()
+
+
+@pytest.mark.parametrize("num_experts", [2, 4, 8])
+def test_function_is_kept(num_experts: int) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 64, 64)
+    static = calibrate(ssd_mobilenet_v1(num_classes=2, width=0.1, input_size=64), images)
+    network = ssd_mobilenet_v1(num_classes=2, width=0.1, input_size=64, num_experts=num_experts)
+    network.load_state_dict(spread_over_experts(static.state_dict(), network))
+    ours, expected = network.eval()(images), static(images)
+    torch.testing.assert_close(ours.deltas, expected.deltas, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    assert (expected.deltas[0] - expected.deltas[1]).abs().max() > 1e-3, "images differ"
+
+
+def test_experts_and_routing() -> None:
+    torch.manual_seed(0)
+    static = nn.Conv2d(6, 4, 3)
+    static.weight.data[0] = 0  # a dead channel stays dead
+    layer = RoutedCondConv2d(6, 4, 3, num_experts=8)
+    layer.load_state_dict(spread_over_experts(static.state_dict(), layer, delta=0.3))
+    x = torch.randn(2, 6, 8, 8)
+    torch.testing.assert_close(layer.router(x), torch.full((2, 8), 1 / math.sqrt(8)))
+    torch.testing.assert_close(layer(x), static(x), rtol=1e-4, atol=1e-5)
+
+    base = static.weight / math.sqrt(8)
+    deltas = layer.weight.detach() - base
+    assert deltas.sum(0).abs().max() < 1e-6
+    assert not deltas[:, 0].any()
+    size = deltas[:, 1:].square().mean((0, 2, 3, 4)).sqrt()
+    torch.testing.assert_close(
+        size / base[1:].square().mean((1, 2, 3)).sqrt(), torch.full((3,), 0.3), rtol=0.1, atol=0
+    )
+    layer(x).square().sum().backward()
+    assert layer.router.linear.weight.grad.abs().max() > 0
+
+
+def test_delta_is_reproducible() -> None:
+    static, layer = nn.Conv2d(2, 2, 1), RoutedCondConv2d(2, 2, 1, num_experts=4)
+    first, second = (
+        spread_over_experts(static.state_dict(), layer, generator=torch.Generator().manual_seed(1))[
+            "weight"
+        ]
+        for _ in range(2)
+    )
+    assert first.equal(second)
+    even = spread_over_experts(static.state_dict(), layer, delta=0)["weight"]
+    assert even.equal((static.weight / 2).expand(4, -1, -1, -1, -1))
+
+
+def test_static_network_takes_the_state_as_it_is() -> None:
+    state = MobileNetV1(width=0.1).state_dict()
+    assert spread_over_experts(state, MobileNetV1(width=0.1)) == state
+
+
+@pytest.mark.parametrize("num_experts", [1, 4])
+def test_load_from_timm(tmp_path: Path, num_experts: int) -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    weights = timm.create_model("mobilenetv1_100", pretrained=False).state_dict()
+    torch.save(weights, tmp_path / "mobilenetv1_100.pth")
+    backbone = MobileNetV1(num_experts=num_experts)
+    load_backbone(backbone, tmp_path / "mobilenetv1_100.pth")
+    kernel = backbone.state_dict()["blocks.12.layers.pointwise.conv.weight"]
+    mixed = kernel if num_experts == 1 else kernel.sum(0) / math.sqrt(num_experts)
+    torch.testing.assert_close(mixed, weights["blocks.4.1.conv_pw.weight"])
+    with pytest.raises(UserError, match="another model"):
+        load_backbone(MobileNetV1(width=0.5), tmp_path / "mobilenetv1_100.pth")
+
+
+@pytest.mark.parametrize("name", ["absent.pth", "broken.pth", "absent.npz", "empty.npz"])
+def test_unreadable_files(tmp_path: Path, name: str) -> None:
+    (tmp_path / "broken.pth").write_text("no weights")
+    np.savez(tmp_path / "empty.npz")
+    with pytest.raises(UserError):
+        load_backbone(MobileNetV1(width=0.1), tmp_path / name)
+
+
+def test_load_from_slim(tmp_path: Path) -> None:
+    """A conditional backbone from TF-slim's variables computes what the static one does."""
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 64, 64)
+    static = calibrate(MobileNetV1(width=0.5), images)
+    variables = {}
+    kinds = {"norm.weight": "gamma", "norm.bias": "beta"}
+    kinds |= {"norm.running_mean": "moving_mean", "norm.running_var": "moving_variance"}
+    layers = {"Conv2d_0": static.stem}
+    for number, block in enumerate(static.blocks, start=1):
+        layers |= {f"Conv2d_{number}_{kind}": layer for kind, layer in block.layers.items()}
+    for scope, layer in layers.items():
+        state = layer.state_dict()
+        depthwise = scope.endswith("depthwise")
+        kernel = state["conv.weight"].permute((2, 3, 0, 1) if depthwise else (2, 3, 1, 0))
+        name = "depthwise_weights" if depthwise else "weights"
+        variables[f"MobilenetV1/{scope}/{name}"] = kernel.numpy()
+        for ours, theirs in kinds.items():
+            variables[f"MobilenetV1/{scope}/BatchNorm/{theirs}"] = state[ours].numpy()
+    np.savez(tmp_path / "slim.npz", **variables)
+
+    backbone = MobileNetV1(width=0.5, num_experts=4).eval()
+    load_backbone(backbone, tmp_path / "slim.npz", generator=torch.Generator().manual_seed(0))
+    for ours, expected in zip(backbone(images), static(images), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from detection.checkpoint import load_checkpoint
+from detection.errors import UserError
+from detection.losses import SSDCriterion
+from train_det import train
+
+
+@pytest.fixture
+def run(
+    compose_config: Callable[..., Any],
+    tiny_model: list[str],
+    tiny_data: list[str],
+    tmp_path: Path,
+) -> Callable[..., Path]:
+    """Trains in this process and gives the run folder."""
+
+    def run(*overrides: str, name: str = "run", data: list[str] = tiny_data) -> Path:
+        folder = tmp_path / name
+        arguments = [*tiny_model, *data, f"run_dir={folder}", *overrides]
+        train(compose_config("train", arguments), overrides=arguments)
+        return folder
+
+    return run
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    content = load_checkpoint(folder / "checkpoints" / "last.pt")
+    ema = content["ema"] or {}
+    return {**content["model"], **{f"ema.{name}": value for name, value in ema.items()}}
+
+
+def assert_equal_weights(a: Path, b: Path) -> None:
+    first, second = load_weights(a), load_weights(b)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_run_folder_is_whole(run: Callable[..., Path]):
+    folder = run("trainer.steps=4", "trainer.evaluate_every=2", "logger=tensorboard")
+    for name in ("config.yaml", "train.log", "metrics.jsonl", "metrics.json", "detections.json"):
+        assert (folder / name).stat().st_size > 0, name
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
+    assert list((folder / "tensorboard").iterdir())
+    assert (folder / "visualizations" / "overview.jpg").exists()
+
+    lines = read_lines(folder)
+    assert [(line["kind"], line["step"]) for line in lines] == [
+        *(("train", 1), ("train", 2), ("evaluation", 2)),
+        *(("train", 3), ("train", 4), ("evaluation", 4)),
+    ]
+    assert {"AP", "AP50", "AR100", "loss", "loss_classification"} <= lines[-1].keys()
+    assert {"loss", "learning_rate", "images_per_second"} <= lines[0].keys()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert len(metrics["per_class"]) == 8
+    content = load_checkpoint(folder / "checkpoints" / "last.pt")
+    assert content["step"] == 4 and len(content["categories"]) == 8
+
+
+def test_training_learns(run: Callable[..., Path]):
+    folder = run(
+        "trainer.steps=40",
+        "data.num_train=2",
+        "data.augmentation.crop=none",
+        "optimizer=adamw",
+        "optimizer.lr=5e-3",
+        "schedule=constant",
+        "schedule.warmup_steps=5",
+    )
+    losses = [line["loss"] for line in read_lines(folder) if line["kind"] == "train"]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_workers_change_nothing(run: Callable[..., Path]):
+    common = ("trainer.steps=3", "data.augmentation.photometric=0.5")
+    alone = run(*common, name="0")
+    for num_workers in (1, 2):
+        folder = run(*common, f"trainer.num_workers={num_workers}", name=str(num_workers))
+        assert_equal_weights(alone, folder)
+
+
+def test_micro_batches_change_nothing_but_rounding(run: Callable[..., Path]):
+    """With batch norm in inference mode a step is the same however its batch is cut."""
+    common = ("trainer.steps=3", "trainer.freeze_batch_norm=true")
+    whole, cut = run(*common, name="1"), run(*common, "trainer.num_micro_batches=2", name="2")
+    for a, b in zip(read_lines(whole)[:3], read_lines(cut)[:3], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    second = load_weights(cut)
+    for name, value in load_weights(whole).items():
+        torch.testing.assert_close(value, second[name], rtol=1e-3, atol=1e-5)
+
+
+def test_resumed_equals_uninterrupted(run: Callable[..., Path]):
+    common = ("trainer.evaluate_every=3", "schedule.steps=6", "trainer.checkpoint_every=2")
+    whole = run(*common, "trainer.steps=6", name="whole")
+    # Stops in the middle of an epoch (10 images, 4 a step).
+    run(*common, "trainer.steps=4", name="parts")
+    parts = run("resume=true", "trainer.steps=6", name="parts")
+    assert_equal_weights(whole, parts)
+    steps = [(line["kind"], line["step"]) for line in read_lines(parts)]
+    assert steps == sorted(set(steps), key=lambda pair: (pair[1], pair[0] != "train"))
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    while not path.exists():
+        assert process.poll() is None, "the run ended before it could be stopped"
+        time.sleep(0.01)
+
+
+def test_killed_and_resumed_equals_uninterrupted(
+    tiny_model: list[str],
+    tiny_data: list[str],
+    tmp_path: Path,
+    start_script: Callable[..., subprocess.Popen[str]],
+    run_script: Callable[..., tuple[int, str]],
+):
+    overrides = [*tiny_model, *tiny_data, "trainer.steps=60", "trainer.checkpoint_every=7"]
+    overrides += ["trainer.num_workers=1", "trainer.evaluate_every=25"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    status, printed = run_script("train_det.py", *overrides, f"run_dir={whole}")
+    assert status == 0, printed
+
+    process = start_script("train_det.py", *overrides, f"run_dir={killed}")
+    wait_for(killed / "checkpoints" / "last.pt", process)
+    time.sleep(random.random())
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert load_checkpoint(killed / "checkpoints" / "last.pt")["step"] < 60
+    status, printed = run_script("train_det.py", "resume=true", f"run_dir={killed}")
+    assert status == 0, printed
+    assert_equal_weights(whole, killed)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(
+    tiny_model: list[str],
+    tiny_data: list[str],
+    tmp_path: Path,
+    start_script: Callable[..., subprocess.Popen[str]],
+):
+    folder = tmp_path / "run"
+    process = start_script(
+        "train_det.py", *tiny_model, *tiny_data, "trainer.steps=5000", f"run_dir={folder}"
+    )
+    wait_for(folder / "metrics.jsonl", process)
+    process.terminate()
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, printed
+    step = load_checkpoint(folder / "checkpoints" / "last.pt")["step"]
+    assert 0 < step < 5000
+    assert f"stopped at step {step}" in printed and "resume=true" in printed
+
+
+def test_two_processes_give_the_losses_of_one(
+    tiny_model: list[str],
+    tiny_data: list[str],
+    tmp_path: Path,
+    run_script: Callable[..., tuple[int, str]],
+):
+    """Ten steps at the same whole batch, batch norm in inference mode."""
+    common = [*tiny_model, *tiny_data, "trainer.steps=10", "trainer.freeze_batch_norm=true"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for name, launcher in (("one", []), ("two", torchrun)):
+        status, printed = run_script(
+            "train_det.py", *common, f"run_dir={tmp_path / name}", launcher=launcher
+        )
+        assert status == 0, printed
+    one, two = read_lines(tmp_path / "one"), read_lines(tmp_path / "two")
+    assert len(one) == len(two) == 11
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    assert one[-1]["AP"] == pytest.approx(two[-1]["AP"], abs=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    forward, calls = SSDCriterion.forward, 0
+
+    def poisoned(self: Any, predictions: Any, targets: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        losses = forward(self, predictions, targets)
+        if calls == 3:
+            losses.sums["localization"] *= float("nan")
+        return losses
+
+    monkeypatch.setattr(SSDCriterion, "forward", poisoned)
+    with pytest.raises(UserError, match=r"step 3: .*localization nan.* on the images \[\d") as info:
+        run("trainer.steps=5", "trainer.checkpoint_every=1")
+    assert "\n" not in str(info.value)
+    content = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert content["step"] == 2
+    assert all(value.isfinite().all() for value in content["model"].values())
+
+
+def test_an_unreadable_image_is_replaced_and_counted(
+    run: Callable[..., Path], shapes_root: Path, tmp_path: Path
+):
+    run("trainer.steps=1", name="first")
+    (source,) = (path for path in shapes_root.iterdir() if path.is_dir())
+    images = [f"data.{split}.images={tmp_path / split}" for split in ("train", "val")]
+    files = [
+        f"data.{split}.annotations={source / 'annotations' / f'instances_{split}.json'}"
+        for split in ("train", "val")
+    ]
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for number, file in enumerate(sorted((source / "images" / split).iterdir())):
+            content = file.read_bytes()
+            (tmp_path / split / file.name).write_bytes(content[:200] if number == 0 else content)
+    folder = run("trainer.steps=3", data=["data=custom", *images, *files], name="broken")
+    log = (folder / "train.log").read_text()
+    assert "another image takes its place" in log
+    assert "1 images could not be read" in log
+    assert "evaluated as an image without detections" in log
+
+
+def test_early_stopping(run: Callable[..., Path]):
+    folder = run(
+        "trainer.steps=20",
+        "trainer.evaluate_every=1",
+        "trainer.early_stopping=2",
+        "optimizer.lr=1e-9",
+    )
+    evaluations = [line for line in read_lines(folder) if line["kind"] == "evaluation"]
+    assert len(evaluations) < 20
+    assert "no better AP in 2 evaluations" in (folder / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["trainer.precision=bf16"],
+        ["trainer.channels_last=true", "trainer.ema_decay=null"],
+        ["optimizer=adamw", "schedule=constant", "trainer.gradient_clip_norm=null"],
+        ["model.num_experts=1"],
+        ["data.augmentation.zoom_out=0.5", "data.augmentation.crop=none"],
+    ],
+)
+def test_options_train(run: Callable[..., Path], overrides: list[str]):
+    losses = [line["loss"] for line in read_lines(run("trainer.steps=2", *overrides))]
+    assert all(0 < loss < 100 for loss in losses)
+
+
+def test_a_run_is_not_overwritten(run: Callable[..., Path]):
+    run("trainer.steps=1")
+    with pytest.raises(UserError, match="already holds a run"):
+        run("trainer.steps=1")
+
+
+@pytest.mark.parametrize("override", ["model.width=0.5", "data.num_train=11", "optimizer.lr=1"])
+def test_resume_refuses_what_changes_the_weights(run: Callable[..., Path], override: str):
+    run("trainer.steps=1")
+    with pytest.raises(UserError, match=f"cannot change {override.split('.')[0]}"):
+        run("resume=true", override)
+
+
+def test_nothing_is_written_where_the_data_is_wrong(run: Callable[..., Path], tmp_path: Path):
+    with pytest.raises(UserError, match=r"model\.num_classes=3, but the data has 8 classes"):
+        run("model.num_classes=3")
+    with pytest.raises(UserError, match="cannot be shared"):
+        run("trainer.num_micro_batches=3")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_seed_gives_other_weights(run: Callable[..., Path]):
+    """So the tests of equal weights above can fail."""
+    a, b = run("trainer.steps=2", name="a"), run("trainer.steps=2", "seed=1", name="b")
+    with pytest.raises(AssertionError):
+        assert_equal_weights(a, b)
