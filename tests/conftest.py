@@ -26,7 +26,7 @@ def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("shapes")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_data(shapes_root: Path) -> list[str]:
     """A handful of generated images."""
     return [
@@ -37,7 +37,7 @@ def tiny_data(shapes_root: Path) -> list[str]:
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model() -> list[str]:
     """The smallest CondConv SSD: a step takes milliseconds."""
     return [
@@ -54,7 +54,7 @@ def tiny_model() -> list[str]:
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def compose_config() -> Callable[[str, Sequence[str]], Any]:
     """Composes a config as a script would."""
 
@@ -92,6 +92,23 @@ def run_script(start_script: Callable[..., Any]) -> Callable[..., tuple[int, str
         return process.returncode, printed
 
     return run
+
+
+@pytest.fixture(scope="session")
+def trained(
+    compose_config: Callable[..., Any],
+    tiny_model: list[str],
+    tiny_data: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The folder of a run of a few steps."""
+    from train_det import train
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(
+        compose_config("train", [*tiny_model, *tiny_data, "trainer.steps=3", f"run_dir={folder}"])
+    )
+    return folder
 
 
 @pytest.fixture(scope="session")

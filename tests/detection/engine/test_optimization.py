@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from detection.engine.optimization import (
+    average_weights,
+    parameter_groups,
+    warmup_constant,
+    warmup_cosine,
+)
+from detection.models.ssd import ssd_mobilenet_v1
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"), [(0, 0.3), (500, 0.6), (1000, 0.9), (10_500, 0.45), (20_000, 0.0)]
+)
+def test_the_schedule_of_the_paper(step: int, rate: float):
+    factor = warmup_cosine(step, steps=20_000, warmup_steps=1000, warmup_start=1 / 3)
+    assert 0.9 * factor == pytest.approx(rate, abs=1e-9)
+
+
+def test_schedules_hold_their_ends():
+    assert warmup_cosine(5, steps=5, warmup_steps=0, final=0.1) == pytest.approx(0.1)
+    assert warmup_cosine(9, steps=5, warmup_steps=5) == pytest.approx(0.0)
+    assert warmup_constant(0, warmup_steps=4, warmup_start=0.2) == pytest.approx(0.2)
+    assert warmup_constant(400, warmup_steps=4) == 1.0
+    assert warmup_constant(0, warmup_steps=0) == 1.0 or warmup_constant(1, warmup_steps=0) == 1.0
+
+
+def test_only_kernels_decay():
+    network = ssd_mobilenet_v1(num_classes=2, width=0.25, num_experts=2, input_size=64)
+    decayed, plain = parameter_groups(network)
+    assert "weight_decay" not in decayed and plain["weight_decay"] == 0.0
+    assert {parameter.dim() for parameter in decayed["params"]} == {4, 5}
+    assert {parameter.dim() for parameter in plain["params"]} == {1, 2}
+    total = len(decayed["params"]) + len(plain["params"])
+    assert total == len(list(network.parameters()))
+
+
+def test_the_moving_average_follows_its_formula():
+    network = nn.BatchNorm1d(1)
+    ema = average_weights(network, decay=0.5)
+    expected = None
+    for update in range(20):
+        network.weight.data.fill_(float(update))
+        network.running_mean.fill_(float(update))  # pyright: ignore[reportOptionalMemberAccess]
+        network.num_batches_tracked.add_(1)  # pyright: ignore[reportOptionalMemberAccess]
+        ema.update_parameters(network)
+        decay = min(0.5, (1 + update) / (10 + update))
+        new = float(update)
+        expected = new if expected is None else decay * expected + (1 - decay) * new
+        assert ema.module.weight.item() == pytest.approx(expected)
+        assert ema.module.running_mean.item() == pytest.approx(expected)
+    assert int(ema.module.num_batches_tracked) == 20
+    assert torch.is_tensor(ema.n_averaged)

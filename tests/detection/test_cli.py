@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from detection.cli import check_overrides, config_dir, lay_over, plain
+from detection.errors import UserError
+
+CONFIGS = config_dir()
+
+
+def options(group: str) -> list[str]:
+    folder = CONFIGS / group
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", [None, *options("experiment")])
+@pytest.mark.parametrize(
+    ("model", "data"),
+    list(itertools.product(options("model"), [o for o in options("data") if "/" not in o])),
+)
+def test_every_combination_composes(
+    compose_config: Callable[..., Any], model: str, data: str, experiment: str | None
+):
+    overrides = [f"model={model}", f"data={data}"]
+    overrides += [f"experiment={experiment}"] if experiment else []
+    content = plain(compose_config("train", overrides))
+    assert content["model"]["_target_"].startswith("detection.models.")
+    assert content["data"]["_target_"] == f"detection.data.sources.{data}"
+    assert content["trainer"]["steps"] > 0
+
+
+@pytest.mark.parametrize("group", ["optimizer", "schedule", "trainer", "evaluation", "logger"])
+def test_every_option_composes(compose_config: Callable[..., Any], group: str):
+    assert options(group)
+    for option in options(group):
+        assert plain(compose_config("train", [f"{group}={option}"]))[group]
+
+
+@pytest.mark.parametrize(
+    ("word", "answer"),
+    [
+        ("trainer.stepz=3", "did you mean trainer.steps"),
+        ("lr=0.1", "optimizer.lr"),
+        ("modle=x", "did you mean model"),
+        ("experiment=bcd", "did you mean bccd"),
+        ("model=ssd300_mobilenet", "did you mean ssd300_mobilenet_v1"),
+        ("data=cocoo", "did you mean coco"),
+        ("logger=wandb", "known are none, tensorboard"),
+        ("foo", "write key=value"),
+        ("trainer.steps=1,2 optimizer.lrr=3", "did you mean optimizer.lr"),
+    ],
+)
+def test_a_misspelt_word_is_answered_with_the_nearest(word: str, answer: str):
+    with pytest.raises(UserError, match=answer) as info:
+        check_overrides("train", word.split())
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["model.width=0.5", "trainer.steps=3"],
+        ["data=coco", "data.root=/x", "data.val.ids=f"],
+        ["trainer.steps=1,2", "seed=range(3)"],
+        ["+hydra.job.name=x", "~logger"],
+    ],
+)
+def test_right_words_pass(words: list[str]):
+    check_overrides("train", words)
+
+
+def test_only_what_overrides_name_is_laid_over():
+    saved = OmegaConf.create(
+        {"model": {"a": 1}, "data": {}, "optimizer": {}, "seed": 0, "trainer": {"s": 1, "t": 1}}
+    )
+    composed = OmegaConf.merge(saved, {"model": {"a": 2}, "trainer": {"s": 5, "t": 7}})
+    assert lay_over(saved, composed, ["trainer.s=5"]).trainer == {"s": 5, "t": 1}  # pyright: ignore
+    with pytest.raises(UserError, match="cannot change model"):
+        lay_over(saved, composed, ["model.a=2"])  # pyright: ignore
+
+
+def test_a_missing_value_is_named():
+    with pytest.raises(UserError, match=r"model\.width"):
+        plain(OmegaConf.create({"model": {"width": "???"}}))
+
+
+@pytest.mark.parametrize("script", ["train_det.py", "eval_det.py", "visualize_det.py"])
+def test_help_and_mistakes_answer_without_torch(script: str):
+    """Importing torch takes seconds; --help must not."""
+    root = Path(__file__).parents[2]
+    code = (
+        "import sys, runpy; sys.argv = [sys.argv[1], sys.argv[2]]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    for word, status, text in (("--help", 0, "data"), ("devicee=cpu", 1, "did you mean")):
+        process = subprocess.run(
+            [sys.executable, "-c", code, str(root / script), word],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert process.returncode == status, process.stderr
+        assert text in process.stdout + process.stderr
+        assert "Traceback" not in process.stderr
+
+
+def test_sweep_gives_each_job_a_folder(
+    tiny_model: list[str], tiny_data: list[str], tmp_path: Path, run_script: Callable[..., Any]
+):
+    sweep = tmp_path / "sweep"
+    status, printed = run_script(
+        "train_det.py", "--multirun", *tiny_model, *tiny_data, "trainer.steps=1", "seed=0,1",
+        f"run_dir={sweep}",
+    )  # fmt: skip
+    assert status == 0, printed
+    for number in (0, 1):
+        assert OmegaConf.load(sweep / str(number) / "config.yaml")["seed"] == number  # pyright: ignore
+        assert (sweep / str(number) / "metrics.json").exists()

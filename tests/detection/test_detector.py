@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detection.detector import Detector
+from detection.errors import UserError
+from detection.structures import Category
+
+
+@pytest.fixture
+def detector(trained: Path) -> Detector:
+    return Detector.from_checkpoint(trained / "checkpoints" / "best.pt")
+
+
+def noise(width: int, height: int, seed: int) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    return random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_a_detection_does_not_depend_on_the_other_images(detector: Detector):
+    images = [noise(100, 60, 0), noise(64, 64, 1), noise(50, 200, 2)]
+    together = detector.predict(images)
+    for image, found in zip(images, together, strict=True):
+        (alone,) = detector.predict(image)
+        torch.testing.assert_close(alone.scores, found.scores, atol=1e-5, rtol=1e-4)
+
+
+def test_boxes_are_in_pixels_of_the_image(detector: Detector):
+    image = noise(64, 64, 0)
+    enlarged = np.asarray(Image.fromarray(image).resize((640, 128), Image.Resampling.NEAREST))
+    (small,), (large,) = detector.predict(image), detector.predict(enlarged)
+    assert large.boxes[:, 2].max() <= 640 and large.boxes[:, 3].max() <= 128
+    assert large.boxes[:, 2].max() > 64
+    assert len(small.boxes) > 0
+
+
+def test_every_kind_of_image(detector: Detector, tmp_path: Path):
+    array = noise(80, 60, 0)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    kinds = [array, Image.fromarray(array), tmp_path / "a.png", str(tmp_path / "a.png")]
+    first, *others = detector.predict(kinds)
+    for other in others:
+        assert torch.equal(first.boxes, other.boxes)
+    assert len(detector.predict(array[:, :, 0])) == 1
+    assert detector.predict([]) == []
+
+
+def test_the_threshold_cuts(detector: Detector):
+    image = noise(80, 60, 0)
+    (everything,) = detector.predict(image)
+    threshold = float(everything.scores[len(everything.scores) // 2])
+    (some,) = detector.predict(image, score_threshold=threshold)
+    assert len(some.scores) == int((everything.scores >= threshold).sum())
+    assert (everything.scores.diff() <= 0).all()
+
+
+def test_images_that_cannot_be_read(detector: Detector, tmp_path: Path):
+    (tmp_path / "a.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"cannot read .*a\.jpg"):
+        detector.predict(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match="must be uint8"):
+        detector.predict(np.zeros((8, 8, 3), np.float32))
+
+
+def test_classes_are_matched_by_name(detector: Detector):
+    names = detector.names
+    categories = [Category(9, names[3]), Category(4, names[0])]
+    assert detector.match_categories(categories).tolist() == [3, 0]
+    with pytest.raises(UserError, match="none named 'zebra'"):
+        detector.match_categories([Category(1, "zebra")])

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from detection.checkpoint import load_checkpoint, save_checkpoint
+from detection.errors import UserError
+from detection.structures import Category
+from eval_det import evaluate_checkpoint
+
+
+@pytest.fixture
+def evaluate(compose_config: Callable[..., Any], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Evaluates in this process, into `tmp_path / "out"`."""
+
+    def evaluate(*overrides: str) -> dict[str, Any]:
+        common = [f"output={tmp_path / 'out'}", "device=cpu", "evaluation.num_workers=0"]
+        return evaluate_checkpoint(compose_config("eval", [*common, *overrides]))
+
+    return evaluate
+
+
+def custom(images: Path, annotations: Path) -> list[str]:
+    return ["data=custom", f"data.val.images={images}", f"data.val.annotations={annotations}"]
+
+
+def run_pycocotools(annotations: Path, detections: Path) -> list[float]:
+    truth = COCO(str(annotations))
+    evaluation = COCOeval(truth, truth.loadRes(str(detections)), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return [float(value) for value in evaluation.stats]
+
+
+def test_the_best_checkpoint_gives_the_metrics_of_its_run(
+    trained: Path, evaluate: Callable[..., dict[str, Any]], tmp_path: Path
+):
+    metrics = evaluate(f"checkpoint={trained / 'checkpoints' / 'best.pt'}")
+    saved = json.loads((trained / "metrics.json").read_text())
+    assert metrics == {key: value for key, value in saved.items() if key != "step"}
+    for name in ("metrics.json", "detections.json", "visualizations/overview.jpg"):
+        assert (tmp_path / "out" / name).exists()
+
+
+def test_the_weights_and_the_split_can_be_chosen(
+    trained: Path, evaluate: Callable[..., dict[str, Any]]
+):
+    checkpoint = f"checkpoint={trained / 'checkpoints' / 'last.pt'}"
+    averaged = evaluate(checkpoint)["loss"]
+    assert evaluate(checkpoint, "weights=model")["loss"] != averaged
+    assert evaluate(checkpoint, "split=train")["loss"] != averaged
+    with pytest.raises(UserError, match="split=test: give one of train, val"):
+        evaluate(checkpoint, "split=test")
+
+
+def test_plain_pycocotools_reproduces_the_metrics_on_real_images(
+    real_data: Path,
+    compose_config: Callable[..., Any],
+    tiny_model: list[str],
+    tmp_path: Path,
+):
+    """80 classes with gaps in their ids, a grey image, images without boxes."""
+    from train_det import train
+
+    files = [
+        f"data.{split}.{key}"
+        for split in ("train", "val")
+        for key in (
+            f"images={real_data / 'coco128' / 'images'}",
+            f"annotations={real_data / 'coco128' / 'annotations' / f'instances_{split}.json'}",
+        )
+    ]
+    # Short as it is, this training finds some objects, so that the metrics are not all zero.
+    run = tmp_path / "run"
+    overrides = ["data=custom", *files, "trainer.steps=25", "optimizer=adamw"]
+    metrics = train(compose_config("train", [*tiny_model, *overrides, f"run_dir={run}"]))
+    annotations = real_data / "coco128" / "annotations" / "instances_val.json"
+    numbers = run_pycocotools(annotations, run / "detections.json")
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+    assert [metrics[name] for name in names] == pytest.approx(numbers, abs=1e-6)
+    assert max(numbers) > 0
+    assert len(metrics["per_class"]) == 80
+
+
+@pytest.mark.parametrize("name", ["bccd", "coco128"])
+def test_ground_truth_as_detections_is_perfect(real_data: Path, name: str):
+    from detection.data.coco import CocoIndex
+    from detection.evaluation.coco import coco_results, evaluate_coco
+
+    folder = real_data / name
+    index = CocoIndex.load(
+        images=folder / "images", annotations=folder / "annotations" / "instances_val.json"
+    )
+    results = [
+        result
+        for i, image_id in enumerate(index.image_ids)
+        for result in coco_results(
+            index.boxes(i), torch.ones(len(index.labels(i))), index.labels(i), image_id,
+            index.categories,
+        )
+    ]  # fmt: skip
+    metrics = evaluate_coco(index.ground_truth(), results)
+    assert metrics["AP"] == pytest.approx(1.0, abs=1e-9)
+
+
+def write_split(folder: Path, categories: list[dict[str, Any]], broken: bool = False) -> list[str]:
+    (folder / "images").mkdir(parents=True)
+    image = folder / "images" / "a.jpg"
+    Image.new("RGB", (80, 60), (90, 120, 200)).save(image)
+    if broken:
+        image.write_bytes(image.read_bytes()[:300])
+    content = {
+        "images": [{"id": 5, "file_name": "a.jpg", "width": 80, "height": 60}],
+        "annotations": [
+            {"id": 1, "image_id": 5, "category_id": categories[0]["id"], "bbox": [5, 5, 30, 30]}
+        ],
+        "categories": categories,
+    }
+    (folder / "val.json").write_text(json.dumps(content))
+    return custom(folder / "images", folder / "val.json")
+
+
+def test_classes_are_matched_by_name(
+    trained: Path, evaluate: Callable[..., dict[str, Any]], tmp_path: Path
+):
+    """Data with fewer classes, other ids and another order than the checkpoint's."""
+    data = write_split(tmp_path, [{"id": 70, "name": "star"}, {"id": 71, "name": "ring"}])
+    metrics = evaluate(f"checkpoint={trained / 'checkpoints' / 'best.pt'}", *data)
+    assert list(metrics["per_class"]) == ["star", "ring"]
+    results = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {result["category_id"] for result in results} <= {70, 71} and results
+
+
+def test_classes_that_do_not_fit_are_named(
+    trained: Path, evaluate: Callable[..., dict[str, Any]], tmp_path: Path
+):
+    data = write_split(tmp_path, [{"id": 1, "name": "zebra"}])
+    with pytest.raises(UserError, match="detects 8 classes, and none named 'zebra'"):
+        evaluate(f"checkpoint={trained / 'checkpoints' / 'best.pt'}", *data)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unreadable_image_is_named(
+    trained: Path,
+    evaluate: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    data = write_split(tmp_path, [{"id": 1, "name": "star"}], broken=True)
+    metrics = evaluate(f"checkpoint={trained / 'checkpoints' / 'best.pt'}", *data)
+    assert "cannot read a.jpg" in capsys.readouterr().out
+    assert metrics["AP"] == 0
+
+
+def test_files_that_are_no_checkpoints(evaluate: Callable[..., dict[str, Any]], tmp_path: Path):
+    with pytest.raises(UserError, match="checkpoint is not set"):
+        evaluate()
+    with pytest.raises(UserError, match="no such checkpoint file"):
+        evaluate(f"checkpoint={tmp_path / 'none.pt'}")
+    file = tmp_path / "file.pt"
+    file.write_bytes(b"\x80not a checkpoint")
+    with pytest.raises(UserError, match="damaged or no checkpoint"):
+        evaluate(f"checkpoint={file}")
+    torch.save({"weights": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match="no checkpoint of this project"):
+        evaluate(f"checkpoint={file}")
+
+
+def test_a_truncated_checkpoint(
+    trained: Path, evaluate: Callable[..., dict[str, Any]], tmp_path: Path
+):
+    content = (trained / "checkpoints" / "best.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="damaged") as info:
+        evaluate(f"checkpoint={tmp_path / 'cut.pt'}")
+    assert "\n" not in str(info.value)
+
+
+def test_weights_of_another_model(
+    trained: Path, evaluate: Callable[..., dict[str, Any]], tmp_path: Path
+):
+    content = load_checkpoint(trained / "checkpoints" / "best.pt")
+    content["config"]["model"]["num_experts"] = 3
+    save_checkpoint(
+        tmp_path / "other.pt",
+        model=content["model"],
+        config=content["config"],
+        categories=[Category(*pair) for pair in content["categories"]],
+    )
+    with pytest.raises(UserError, match=r"of another model: .* is \(2, .*not \(3"):
+        evaluate(f"checkpoint={tmp_path / 'other.pt'}")
+
+
+def test_a_checkpoint_cannot_name_other_code(
+    trained: Path, evaluate: Callable[..., dict[str, Any]], tmp_path: Path
+):
+    content = load_checkpoint(trained / "checkpoints" / "best.pt")
+    content["config"]["model"]["_target_"] = "os.system"
+    save_checkpoint(
+        tmp_path / "evil.pt",
+        model=content["model"],
+        config=content["config"],
+        categories=[Category(*pair) for pair in content["categories"]],
+    )
+    with pytest.raises(UserError, match=r"names 'os\.system'"):
+        evaluate(f"checkpoint={tmp_path / 'evil.pt'}")
