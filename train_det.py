@@ -57,8 +57,10 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
     from detection.engine.processes import join_processes
     from detection.engine.run_folder import LOGGER, RunFolder, read_json, start_logging
     from detection.engine.settings import TrainerSettings
-    from detection.engine.train import TrainState, run_training
+    from detection.engine.state import TrainState
+    from detection.engine.train import prepare_network, run_training
     from detection.evaluation.coco import CocoEvaluator, metrics_table
+    from detection.importers.backbone import load_backbone
     from detection.visualization.results import draw_results
 
     if config.resume:
@@ -83,17 +85,20 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
 
         torch.manual_seed(content["seed"])
         parts = build_model(content["model"], len(categories))
-        parts.network.to(processes.device)
+        backbone_weights = content["backbone_weights"] if checkpoint is None else None
+        if backbone_weights is not None:
+            load_backbone(parts.network.get_submodule("backbone"), backbone_weights)
+        network = prepare_network(parts.network, settings, processes)
         transform = TrainTransform(resize=parts.preprocess.resize, **augmentation)
-        optimizer = build(content["optimizer"], params=parameter_groups(parts.network))
+        optimizer = build(content["optimizer"], params=parameter_groups(network))
         state = TrainState(
-            network=parts.network,
+            network=network,
             optimizer=optimizer,
             schedule=LambdaLR(optimizer, build_partial(content["schedule"])),
             scaler=torch.amp.GradScaler(
                 processes.device.type, enabled=settings.precision == "fp16"
             ),
-            ema=average_weights(parts.network, settings.ema_decay) if settings.ema_decay else None,
+            ema=average_weights(network, settings.ema_decay) if settings.ema_decay else None,
         )
         if checkpoint is not None:
             state.load_state_dict(checkpoint, processes)
@@ -107,9 +112,11 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
             len(train_index),
             len(val_index),
             len(categories),
-            count_parameters(parts.network) / 1e6,
+            count_parameters(network) / 1e6,
             folder.path,
         )
+        if backbone_weights is not None:
+            LOGGER.info("the backbone starts from %s", backbone_weights)
         for line in [*train_index.describe(), *val_index.describe()]:
             LOGGER.info(line)
         evaluator = CocoEvaluator(val_index.ground_truth())

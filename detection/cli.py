@@ -55,9 +55,11 @@ def run_script(job: Callable[[DictConfig], object], *, config_name: str) -> None
     )()
 
 
-def fail(error: Exception) -> None:
+def fail(error: UserError) -> None:
     """Print one line and exit with status 1."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    # One from a loader's worker carries the worker's traceback before its own line.
+    line = str(error).splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(1)
 
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from datetime import timedelta
 from itertools import islice
 from typing import Any
 
@@ -18,117 +14,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from detection.data.dataset import Batch, DetectionDataset, collate
 from detection.data.sampler import StepSampler
 from detection.engine.evaluate import Evaluation
 from detection.engine.loggers import Logger
+from detection.engine.meter import Meter
 from detection.engine.processes import Processes
 from detection.engine.run_folder import LOGGER, RunFolder
 from detection.engine.settings import TrainerSettings
+from detection.engine.state import TrainState
+from detection.engine.stop import StopRequest
 from detection.errors import UserError
 from detection.evaluation.coco import write_metrics, write_results
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class TrainState:
-    """All that changes while training.
-
-    Args:
-        network: the detector's network.
-        optimizer: over its parameters.
-        schedule: of the learning rate.
-        scaler: of the loss, enabled where the precision is fp16.
-        ema: moving average of the network, or None.
-        step: optimizer steps taken.
-        best_metric: best AP so far.
-        stale_evaluations: evaluations since then.
-    """
-
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-    schedule: LambdaLR
-    scaler: torch.amp.GradScaler
-    ema: AveragedModel | None = None
-    step: int = 0
-    best_metric: float = -1.0
-    stale_evaluations: int = 0
-
-    @property
-    def averaged_network(self) -> nn.Module:
-        """The network to evaluate: the moving average where there is one."""
-        return self.network if self.ema is None else self.ema.module
-
-    def state_dict(self, processes: Processes) -> dict[str, Any]:
-        """Tensors and plain values, for `save_checkpoint`; call it in every process."""
-        cuda = processes.device.type == "cuda"
-        own = (torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None)
-        return {
-            "model": self.network.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "ema_updates": 0 if self.ema is None else int(self.ema.n_averaged),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "step": self.step,
-            "best_metric": self.best_metric,
-            "stale_evaluations": self.stale_evaluations,
-            "random_states": processes.gather(own),
-        }
-
-    def load_state_dict(self, state: dict[str, Any], processes: Processes) -> None:
-        """Go on where `state_dict` was taken.
-
-        Raises:
-            UserError: where the state is of a run with other settings.
-        """
-        try:
-            self.network.load_state_dict(state["model"])
-            if self.ema is not None:
-                self.ema.module.load_state_dict(state["ema"])
-                self.ema.n_averaged.fill_(state["ema_updates"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
-            self.scaler.load_state_dict(state["scaler"])
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"the checkpoint is of a run with other settings: {reason}") from error
-        self.step = state["step"]
-        self.best_metric = state["best_metric"]
-        self.stale_evaluations = state["stale_evaluations"]
-        if processes.rank < len(state["random_states"]):
-            cpu, cuda = state["random_states"][processes.rank]
-            torch.set_rng_state(cpu)
-            if cuda is not None and processes.device.type == "cuda":
-                torch.cuda.set_rng_state(cuda)
-
-
-class StopRequest:
-    """Notes SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = True
 
 
 def run_training(
@@ -161,9 +62,9 @@ def run_training(
         UserError: where a loss is not finite; last.pt is still that of the last good step.
     """
     batches = iter(make_loader(dataset, state.step, settings, seed, processes))
-    network = wrap_network(state.network, settings, processes)
+    network = distribute(state.network, processes)
     set_training_mode(state.network, freeze_batch_norm=settings.freeze_batch_norm)
-    meter = Meter(settings, start_step=state.step)
+    meter = Meter(settings)
     unreadable: set[str] = set()
     progress = Progress(
         TextColumn("{task.description}"),
@@ -317,10 +218,25 @@ def make_loader(
     )
 
 
-def wrap_network(network: nn.Module, settings: TrainerSettings, processes: Processes) -> nn.Module:
-    """The network as the loop calls it: over all processes where there are several."""
+def prepare_network(
+    network: nn.Module, settings: TrainerSettings, processes: Processes
+) -> nn.Module:
+    """The network on this process's device, laid out and synchronised as the settings say.
+
+    Raises:
+        UserError: where batch norm cannot be synchronised.
+    """
+    if settings.sync_batch_norm:
+        if processes.device.type != "cuda":
+            raise UserError("trainer.sync_batch_norm=true works on GPUs only")
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     if settings.channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return network.to(processes.device)
+
+
+def distribute(network: nn.Module, processes: Processes) -> nn.Module:
+    """The network over all processes, where there are several."""
     if processes.world_size == 1:
         return network
     device_ids = [processes.device] if processes.device.type == "cuda" else None
@@ -334,53 +250,6 @@ def set_training_mode(network: nn.Module, *, freeze_batch_norm: bool) -> None:
         for module in network.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
-
-
-class Meter:
-    """Means of the losses and the speed since they were last read."""
-
-    def __init__(self, settings: TrainerSettings, *, start_step: int) -> None:
-        self._settings = settings
-        self._start_step = start_step
-        self._sums: dict[str, float] = {}
-        self._count = 0
-        self._seconds = 0.0
-        self._seconds_per_step = 0.0
-        self.restart()
-
-    def restart(self) -> None:
-        """Leave out the time since the last step."""
-        self._last = time.perf_counter()
-
-    def update(self, losses: dict[str, float]) -> None:
-        """Take in one step."""
-        now = time.perf_counter()
-        self._seconds += now - self._last
-        self._last = now
-        self._count += 1
-        for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-
-    def read(self) -> dict[str, float]:
-        """The means, and images per second; then start anew."""
-        self._seconds_per_step = self._seconds / self._count
-        scalars = {name: value / self._count for name, value in self._sums.items()}
-        scalars["images_per_second"] = self._settings.batch_size / self._seconds_per_step
-        self._sums, self._count, self._seconds = {}, 0, 0.0
-        return scalars
-
-    def describe(self, step: int, scalars: dict[str, float]) -> str:
-        """A line for people: losses, learning rate, speed, time left."""
-        left = timedelta(seconds=round((self._settings.steps - step) * self._seconds_per_step))
-        losses = "  ".join(
-            f"{name} {value:.4f}"
-            for name, value in scalars.items()
-            if name not in ("images_per_second", "learning_rate")
-        )
-        return (
-            f"{losses}  lr {scalars['learning_rate']:.5f}  "
-            f"{scalars['images_per_second']:.1f} images/s  {left} left"
-        )
 
 
 def _note_evaluation(

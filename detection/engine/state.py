@@ -1,0 +1,87 @@
+"""What changes while training, saved and restored as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+
+from detection.engine.processes import Processes
+from detection.errors import UserError
+
+
+@dataclass
+class TrainState:
+    """All that changes while training.
+
+    Args:
+        network: the detector's network.
+        optimizer: over its parameters.
+        schedule: of the learning rate.
+        scaler: of the loss, enabled where the precision is fp16.
+        ema: moving average of the network, or None.
+        step: optimizer steps taken.
+        best_metric: best AP so far.
+        stale_evaluations: evaluations since then.
+    """
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    scaler: torch.amp.GradScaler
+    ema: AveragedModel | None = None
+    step: int = 0
+    best_metric: float = -1.0
+    stale_evaluations: int = 0
+
+    @property
+    def averaged_network(self) -> nn.Module:
+        """The network to evaluate: the moving average where there is one."""
+        return self.network if self.ema is None else self.ema.module
+
+    def state_dict(self, processes: Processes) -> dict[str, Any]:
+        """Tensors and plain values, for `save_checkpoint`; call it in every process."""
+        cuda = processes.device.type == "cuda"
+        own = (torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None)
+        return {
+            "model": self.network.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "ema_updates": 0 if self.ema is None else int(self.ema.n_averaged),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "best_metric": self.best_metric,
+            "stale_evaluations": self.stale_evaluations,
+            "random_states": processes.gather(own),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], processes: Processes) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            UserError: where the state is of a run with other settings.
+        """
+        try:
+            self.network.load_state_dict(state["model"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(state["ema"])
+                self.ema.n_averaged.fill_(state["ema_updates"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.scaler.load_state_dict(state["scaler"])
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the checkpoint is of a run with other settings: {reason}") from error
+        self.step = state["step"]
+        self.best_metric = state["best_metric"]
+        self.stale_evaluations = state["stale_evaluations"]
+        if processes.rank < len(state["random_states"]):
+            cpu, cuda = state["random_states"][processes.rank]
+            torch.set_rng_state(cpu)
+            if cuda is not None and processes.device.type == "cuda":
+                torch.cuda.set_rng_state(cuda)

@@ -1,0 +1,30 @@
+"""Stopping a run from outside, without losing what it has done."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+
+class StopRequest:
+    """Notes SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
