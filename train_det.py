@@ -72,6 +72,7 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
 
     with join_processes(settings.device) as processes:
         # Everything is checked and built before the run folder is touched.
+        start_logging(console, None, is_main=processes.is_main)
         settings.check_shares(processes.world_size)
         folder = RunFolder(processes.share(content["run_dir"]))
         checkpoint = load_checkpoint(folder.last) if content["resume"] else None

@@ -1,8 +1,9 @@
 """The embedded data set: geometric shapes on busy backgrounds, drawn once into a cache folder.
 
 It is written as JPEG and COCO JSON, so that it is read like any other data set. What makes it
-hard: classes that differ in little (a hexagon, a circle and a squeezed circle that is no class),
-low contrast, textures on both shape and background, occlusion, small shapes, noise and blur.
+hard: colour tells the class of most shapes, but not of all; some differ little from what lies
+behind them; bars and flat ellipses are no class; there are textures on both shape and background,
+occlusion, small shapes, noise and blur.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable
+from colorsys import hsv_to_rgb
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -49,24 +51,37 @@ class Recipe:
         empty: share of images without any shape.
         min_visible: share of a shape that other shapes leave uncovered, at least.
         low_contrast: share of shapes whose colour is close to what lies behind them.
+        typical_colour: share of the other shapes that have the hue of their class, more or less;
+            the rest have any.
         max_distractors: lines, blobs, bars and scribbles of no class in an image, at most.
         max_noise: standard deviation of the pixel noise, at most (of 255).
         max_blur: radius of the blur, at most.
         seed: another seed, another set.
     """
 
-    num_train: int = 2000
-    num_val: int = 400
+    num_train: int = 1500
+    num_val: int = 300
     image_size: tuple[int, int] = (160, 256)
-    object_size: tuple[float, float] = (18.0, 150.0)
-    max_objects: int = 7
+    object_size: tuple[float, float] = (30.0, 150.0)
+    max_objects: int = 6
     empty: float = 0.06
-    min_visible: float = 0.6
-    low_contrast: float = 0.3
-    max_distractors: int = 8
-    max_noise: float = 14.0
+    min_visible: float = 0.75
+    low_contrast: float = 0.05
+    typical_colour: float = 0.92
+    max_distractors: int = 3
+    max_noise: float = 8.0
     max_blur: float = 1.2
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_train", "num_val", "max_objects"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"data.{name}={value}: give a whole number of at least 1")
+        for name in ("image_size", "object_size"):
+            value = getattr(self, name)
+            if len(value) != 2 or not 1 <= value[0] <= value[1]:
+                raise UserError(f"data.{name}={list(value)}: give [least, most] in pixels")
 
 
 class _Outline(NamedTuple):
@@ -97,17 +112,11 @@ def _draw_ring(random: Random) -> _Outline:
     return _Outline([_regular(64)], [_regular(64, random.uniform(0.45, 0.7))])
 
 
-def _draw_crescent(random: Random) -> _Outline:
-    return _Outline([_regular(64)], [_regular(64, random.uniform(0.75, 0.9), 0.5)])
-
-
 CLASSES: dict[str, Callable[[Random], _Outline]] = {
     "circle": lambda random: _Outline([_regular(64)], []),
     "ring": _draw_ring,
-    "crescent": _draw_crescent,
     "triangle": lambda random: _Outline([_regular(3)], []),
     "square": lambda random: _Outline([_regular(4)], []),
-    "hexagon": lambda random: _Outline([_regular(6)], []),
     "star": _draw_star,
     "cross": _draw_cross,
 }
@@ -205,8 +214,15 @@ def _draw_objects(random: Random, canvas: FloatArray, recipe: Recipe) -> list[di
         lost = np.bincount(seen[inside & (seen >= 0)], minlength=len(areas))
         if not inside.any() or np.any(visible - lost < recipe.min_visible * areas):
             continue
+        region = canvas[:, *window]
         faint = random.random() < recipe.low_contrast
-        _paint(random, canvas[:, *window], alpha, low_contrast=faint)
+        if faint:
+            colour = _find_colour_near(random, region, alpha)
+        else:
+            typical = random.random() < recipe.typical_colour
+            hue = (label + random.normal(0, 0.2)) / len(CLASSES) if typical else random.random()
+            colour = _find_vivid_colour(random, hue)
+        _paint(random, region, alpha, colour)
         seen[inside] = len(areas)
         areas = np.append(areas, inside.sum())
         visible = np.append(visible - lost, inside.sum())
@@ -256,24 +272,20 @@ def _place(
     return alpha, (int(inner_low[1]), int(inner_low[0])), bbox
 
 
-def _paint(random: Random, region: FloatArray, alpha: FloatArray, *, low_contrast: bool) -> None:
-    """Fills a shape into a region of the canvas, in place."""
-    behind = np.tensordot(region, alpha, 2) / max(alpha.sum(), 1e-6)
-    distance = random.uniform(28, 45) if low_contrast else random.uniform(60, 140)
-    colour = _find_colour(random, behind, distance)
+def _paint(random: Random, region: FloatArray, alpha: FloatArray, colour: FloatArray) -> None:
+    """Fills a shape into a region of the canvas, in place: in one colour, or in lights of it."""
     fill = colour[:, None, None]
     kind = random.random()
     if kind < 0.55:
-        other = _find_colour(random, colour, 0.7 * distance)
+        darker = random.uniform(0.5, 0.85) * colour
         if kind < 0.2:
             pattern = _draw_gradient(random, *alpha.shape)
         elif kind < 0.4:
             pattern = _draw_field(random, *alpha.shape, octaves=3)
         else:
             pattern = _draw_stripes(random, *alpha.shape)
-        fill = fill + pattern * (other - colour)[:, None, None]
-    opacity = random.uniform(0.75, 1.0) if random.random() < 0.3 else 1.0
-    region += (fill - region) * (np.float32(opacity) * alpha)
+        fill = fill + pattern * (darker - colour)[:, None, None]
+    region += (fill - region) * alpha
 
 
 def _draw_distractor(random: Random, canvas: FloatArray) -> None:
@@ -297,7 +309,7 @@ def _draw_distractor(random: Random, canvas: FloatArray) -> None:
             return
         alpha, (top, left), _ = placed
     region = canvas[:, top : top + alpha.shape[0], left : left + alpha.shape[1]]
-    _paint(random, region, alpha, low_contrast=random.random() < 0.5)
+    _paint(random, region, alpha, _find_dull_colour(random))
 
 
 def _draw_scribble(random: Random, canvas: FloatArray, *, thickness: int) -> None:
@@ -308,14 +320,12 @@ def _draw_scribble(random: Random, canvas: FloatArray, *, thickness: int) -> Non
     mask = Image.new("L", (width, height))
     draw = ImageDraw.Draw(mask)
     draw.line([tuple(p) for p in points.tolist()], 255, thickness, joint="curve")
-    canvas[:, np.asarray(mask) > 0] = random.uniform(0, 255, (3, 1))
+    canvas[:, np.asarray(mask) > 0] = _find_dull_colour(random)[:, None]
 
 
 def _draw_texture(random: Random, height: int, width: int) -> FloatArray:
-    """(3, height, width) background between two or three colours."""
-    first = random.uniform(30, 225, 3)
-    second = _find_colour(random, first, random.uniform(20, 90))
-    third = _find_colour(random, first, random.uniform(10, 50))
+    """(3, height, width) background between three dull colours."""
+    first, second, third = (_find_dull_colour(random) for _ in range(3))
     kind = random.random()
     if kind < 0.4:
         pattern = _draw_field(random, height, width, octaves=5)
@@ -369,13 +379,25 @@ def _project(random: Random, height: int, width: int) -> FloatArray:
     return np.float32(np.cos(angle)) * x + np.float32(np.sin(angle)) * y
 
 
-def _find_colour(random: Random, start: FloatArray, distance: float) -> FloatArray:
-    """(3,) a colour at this distance from another, as far as 0 to 255 allows."""
-    direction = random.normal(0, 1, 3) + random.normal(0, 1)  # as much in brightness as in hue
-    step = direction / np.linalg.norm(direction) * distance
-    both = np.stack([start + step, start - step])
-    clipped = both.clip(5, 250)
-    return clipped[np.argmax(np.linalg.norm(clipped - start, axis=1))].astype(np.float32)
+def _find_vivid_colour(random: Random, hue: float) -> FloatArray:
+    """(3,) a strong colour of a hue from 0 to 1."""
+    rgb = hsv_to_rgb(hue % 1, random.uniform(0.55, 0.95), random.uniform(0.5, 0.95))
+    return 255 * np.array(rgb, np.float32)
+
+
+def _find_dull_colour(random: Random) -> FloatArray:
+    """(3,) a grey with a touch of colour, as backgrounds and what is no class have it."""
+    rgb = hsv_to_rgb(random.random(), random.uniform(0, 0.25), random.uniform(0.2, 0.95))
+    return 255 * np.array(rgb, np.float32)
+
+
+def _find_colour_near(random: Random, region: FloatArray, alpha: FloatArray) -> FloatArray:
+    """(3,) a colour that differs a little from what a shape would cover."""
+    behind = np.tensordot(region, alpha, 2) / max(alpha.sum(), 1e-6)
+    step = random.normal(0, 1, 3) + random.normal(0, 1)  # as much in brightness as in hue
+    step *= random.uniform(28, 45) / np.linalg.norm(step)
+    colour = np.where(behind + step > 250, behind - step, behind + step)
+    return colour.clip(5, 250).astype(np.float32)
 
 
 def _rotation(angle: float) -> FloatArray:

@@ -110,7 +110,7 @@ def test_contents(drawn: list[tuple[Any, list[dict[str, Any]]]]):
 def test_boxes_are_tight(monkeypatch: pytest.MonkeyPatch):
     """One bright shape on black: the box is where the light is."""
 
-    def paint(random: Any, region: Any, alpha: Any, **_: Any) -> None:
+    def paint(random: Any, region: Any, alpha: Any, *_: Any) -> None:
         region[:] = 255 * alpha
 
     def draw_black(random: Any, height: int, width: int) -> Any:
@@ -137,3 +137,17 @@ def test_json_counts_ids_over_the_split(folder: Path):
     content = json.loads((folder / "annotations" / "instances_train.json").read_text())
     ids = [record["id"] for record in content["annotations"]]
     assert ids == list(range(1, len(ids) + 1))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "answer"),
+    [
+        ({"num_train": "x"}, r"data\.num_train=x: give a whole number"),
+        ({"num_val": 0}, r"data\.num_val=0"),
+        ({"image_size": [64]}, r"data\.image_size=\[64\]: give \[least, most\]"),
+        ({"object_size": [30, 20]}, r"data\.object_size"),
+    ],
+)
+def test_a_wrong_recipe_names_its_key(wrong: dict[str, Any], answer: str):
+    with pytest.raises(UserError, match=answer):
+        Recipe(**wrong)
