@@ -210,11 +210,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert all(value.isfinite().all() for value in content["model"].values())
 
 
-def test_an_unreadable_image_is_replaced_and_counted(
-    run: Callable[..., Path], shapes_root: Path, tmp_path: Path
-):
-    run("trainer.steps=1", name="first")
-    (source,) = (path for path in shapes_root.iterdir() if path.is_dir())
+def test_an_unreadable_image_is_replaced_and_counted(run: Callable[..., Path], tmp_path: Path):
+    run("trainer.steps=1", f"data.root={tmp_path / 'shapes'}", name="first")
+    (source,) = (tmp_path / "shapes").iterdir()
     images = [f"data.{split}.images={tmp_path / split}" for split in ("train", "val")]
     files = [
         f"data.{split}.annotations={source / 'annotations' / f'instances_{split}.json'}"
