@@ -66,6 +66,25 @@ def compose_config() -> Callable[[str, Sequence[str]], Any]:
 
 
 @pytest.fixture
+def run(
+    compose_config: Callable[..., Any],
+    tiny_model: list[str],
+    tiny_data: list[str],
+    tmp_path: Path,
+) -> Callable[..., Path]:
+    """Trains in this process and gives the run folder."""
+    from train_det import train
+
+    def run(*overrides: str, name: str = "run", data: list[str] = tiny_data) -> Path:
+        folder = tmp_path / name
+        arguments = [*tiny_model, *data, f"run_dir={folder}", *overrides]
+        train(compose_config("train", arguments), overrides=arguments)
+        return folder
+
+    return run
+
+
+@pytest.fixture
 def start_script() -> Callable[..., subprocess.Popen[str]]:
     """Starts a script of the project as a user would, on one thread."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,25 +14,8 @@ from condconv.backbones import MobileNetV1
 from detection.checkpoint import load_checkpoint
 from detection.errors import UserError
 from detection.importers.timm import BLOCK, STEM
-from train_det import train
 
-
-@pytest.fixture
-def run(
-    compose_config: Callable[..., Any],
-    tiny_model: list[str],
-    tiny_data: list[str],
-    tmp_path: Path,
-) -> Callable[..., Path]:
-    """Trains with next to no learning rate and gives the run folder."""
-
-    def run(*overrides: str) -> Path:
-        folder = tmp_path / "run"
-        arguments = [*tiny_model, *tiny_data, f"run_dir={folder}", *overrides]
-        train(compose_config("train", ["optimizer.lr=1e-9", *arguments]), overrides=arguments)
-        return folder
-
-    return run
+STILL = "optimizer.lr=1e-9"  # next to no learning rate: the weights stay as they were loaded
 
 
 @pytest.fixture
@@ -65,18 +47,18 @@ def test_a_run_starts_from_them(run: Callable[..., Path], weights_file: Path, nu
     weights = torch.load(weights_file)
     expected = weights["conv_stem.weight"], weights["blocks.0.12.conv_pw.weight"]
     model = f"model.num_experts={num_experts}"
-    folder = run("trainer.steps=1", f"backbone_weights={weights_file}", model)
+    folder = run("trainer.steps=1", STILL, f"backbone_weights={weights_file}", model)
     torch.testing.assert_close(load_kernels(folder, num_experts), expected)
     assert f"the backbone starts from {weights_file}" in (folder / "train.log").read_text()
 
     weights_file.unlink()
-    run("resume=true", "trainer.steps=2", model)
+    run("resume=true", "trainer.steps=2", STILL, model)
     torch.testing.assert_close(load_kernels(folder, num_experts), expected)
 
 
 def test_without_them_it_starts_anew(run: Callable[..., Path], weights_file: Path):
     """So the test above can fail."""
-    first, _ = load_kernels(run("trainer.steps=1"), num_experts=2)
+    first, _ = load_kernels(run("trainer.steps=1", STILL), num_experts=2)
     assert not first.allclose(torch.load(weights_file)["conv_stem.weight"], atol=1e-3)
 
 

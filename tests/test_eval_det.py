@@ -11,9 +11,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detection.checkpoint import load_checkpoint, save_checkpoint
+from detection.checkpoint import load_checkpoint, read_categories, save_checkpoint
 from detection.errors import UserError
-from detection.structures import Category
 from eval_det import evaluate_checkpoint
 
 
@@ -185,17 +184,22 @@ def test_a_truncated_checkpoint(
     assert "\n" not in str(info.value)
 
 
+def save_with(trained: Path, path: Path, **model: Any) -> None:
+    """Save the run's best checkpoint with another model section."""
+    content = load_checkpoint(trained / "checkpoints" / "best.pt")
+    content["config"]["model"].update(model)
+    save_checkpoint(
+        path,
+        model=content["model"],
+        config=content["config"],
+        categories=read_categories(content),
+    )
+
+
 def test_weights_of_another_model(
     trained: Path, evaluate: Callable[..., dict[str, Any]], tmp_path: Path
 ):
-    content = load_checkpoint(trained / "checkpoints" / "best.pt")
-    content["config"]["model"]["num_experts"] = 3
-    save_checkpoint(
-        tmp_path / "other.pt",
-        model=content["model"],
-        config=content["config"],
-        categories=[Category(*pair) for pair in content["categories"]],
-    )
+    save_with(trained, tmp_path / "other.pt", num_experts=3)
     with pytest.raises(UserError, match=r"of another model: .* is \(2, .*not \(3"):
         evaluate(f"checkpoint={tmp_path / 'other.pt'}")
 
@@ -203,13 +207,6 @@ def test_weights_of_another_model(
 def test_a_checkpoint_cannot_name_other_code(
     trained: Path, evaluate: Callable[..., dict[str, Any]], tmp_path: Path
 ):
-    content = load_checkpoint(trained / "checkpoints" / "best.pt")
-    content["config"]["model"]["_target_"] = "os.system"
-    save_checkpoint(
-        tmp_path / "evil.pt",
-        model=content["model"],
-        config=content["config"],
-        categories=[Category(*pair) for pair in content["categories"]],
-    )
+    save_with(trained, tmp_path / "evil.pt", _target_="os.system")
     with pytest.raises(UserError, match=r"names 'os\.system'"):
         evaluate(f"checkpoint={tmp_path / 'evil.pt'}")

@@ -15,25 +15,6 @@ import torch
 from detection.checkpoint import load_checkpoint
 from detection.errors import UserError
 from detection.losses import SSDCriterion
-from train_det import train
-
-
-@pytest.fixture
-def run(
-    compose_config: Callable[..., Any],
-    tiny_model: list[str],
-    tiny_data: list[str],
-    tmp_path: Path,
-) -> Callable[..., Path]:
-    """Trains in this process and gives the run folder."""
-
-    def run(*overrides: str, name: str = "run", data: list[str] = tiny_data) -> Path:
-        folder = tmp_path / name
-        arguments = [*tiny_model, *data, f"run_dir={folder}", *overrides]
-        train(compose_config("train", arguments), overrides=arguments)
-        return folder
-
-    return run
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
