@@ -17,11 +17,11 @@ from torch import Tensor
 Padding = int | tuple[int, int] | Literal["same", "valid"]
 Strategy = Literal["matmul", "grouped", "loop"]
 
-# Measured on a CPU (float32, 8 experts).
+# Measured on a CPU (float32, 8 experts): see docs/condconv.md.
 MAX_PATCHES = 64  # output positions up to which gathering the patches of a k x k kernel pays
-MIN_LOOP_SIZE = 256  # output positions from which a convolution an example pays,
-MAX_GROUPED_BYTES = 32 * 2**20  # where the mixed kernels of the batch take more than this
-MIXED_BYTES = 8 * 2**20  # mixed kernels at a time
+MAX_GROUPED_BYTES = 32 * 2**20  # of the batch's mixed kernels, up to which one convolution pays
+MIXED_BYTES = 8 * 2**20  # mixed kernels at a time,
+MAX_EXAMPLES = 8  # of this many examples: with more, the stores of the mixing collide in the cache
 MIN_CHANNELS = 64  # smaller blocks make slow matrix products
 
 
@@ -73,9 +73,15 @@ def pad_input(
     return F.pad(x, (left, right, top, bottom)), (0, 0)
 
 
+def is_autocast_on(device_type: str) -> bool:
+    """Whether autocast is in force; devices without it (meta) included."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def disable_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Compute in the tensors' own precision, on devices without autocast (meta) too."""
-    if torch.amp.is_autocast_available(device_type):
+    """Compute in the tensors' own precision."""
+    # Where there is nothing to disable, the context alone would cost as much as a small layer.
+    if is_autocast_on(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
@@ -121,19 +127,18 @@ def condconv2d(
         raise ValueError(f"strategy must be one of {get_args(Strategy)}, got {strategy!r}")
 
     device_type = x.device.type
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(
-        device_type
-    )
+    autocast = is_autocast_on(device_type)
     if autocast and x.is_floating_point() and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device_type))
     elif x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: convert one of them")
-    routing_weights = routing_weights.to(weight.dtype)
+    if routing_weights.dtype != weight.dtype:
+        routing_weights = routing_weights.to(weight.dtype)
     channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     x, symmetric = pad_input(x, (weight.shape[3], weight.shape[4]), stride, padding, dilation)
     output_size = _output_size(x, weight, stride, symmetric, dilation)
 
-    with disable_autocast(device_type):
+    with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
         if weight.shape[0] == 1 and strategy is None:
             # One expert: scaling the output is scaling the kernel.
             y = F.conv2d(x, weight[0].to(x.dtype), None, stride, symmetric, dilation, groups)
@@ -144,8 +149,10 @@ def condconv2d(
                 y = _matmul(x, weight, routing_weights, stride, symmetric, dilation, groups)
                 y = y.unflatten(2, output_size)
             else:
-                convolve = _grouped if strategy == "grouped" else _loop
-                y = convolve(x, weight, routing_weights, stride, symmetric, dilation, groups)
+                at_once = x.shape[0] if strategy == "grouped" else 1
+                y = _convolve(
+                    x, weight, routing_weights, stride, symmetric, dilation, groups, at_once
+                )
         if bias is not None:
             y = y + (routing_weights @ bias.to(weight.dtype)).to(y.dtype)[:, :, None, None]
     return y.contiguous(
@@ -165,17 +172,38 @@ def choose_strategy(
     if weight.shape[3:] == (1, 1) or num_patches <= MAX_PATCHES:
         return "matmul"
     num_bytes = x.shape[0] * weight[0].numel() * weight.element_size()
-    if x.device.type == "cpu" and num_patches >= MIN_LOOP_SIZE and num_bytes > MAX_GROUPED_BYTES:
+    if x.device.type == "cpu" and num_bytes > MAX_GROUPED_BYTES:
         return "loop"
     return "grouped"
 
 
 def _mix(weight: Tensor, routing_weights: Tensor, dtype: torch.dtype) -> Tensor:
     """weight (E, O, ...), routing_weights (B, E) -> the kernel of each example (B, O, ...)."""
-    return (routing_weights @ weight.flatten(1)).to(dtype).unflatten(1, weight.shape[1:])
+    kernels = routing_weights @ weight.flatten(1)
+    # Asking for what is there already costs as much as some small layers' arithmetic, here and
+    # below.
+    if kernels.dtype != dtype:
+        kernels = kernels.to(dtype)
+    return kernels.view(-1, *weight.shape[1:])
 
 
-def _grouped(
+def _need_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _keeps_kernels(x: Tensor, weight: Tensor) -> bool:
+    """Whether to keep mixed kernels for the backward pass, or to mix them again.
+
+    Where they take less than the input or the experts, which are there in any case, mixing again
+    saves little memory.
+    """
+    if torch.compiler.is_compiling():
+        return False  # The graph is not to depend on the batch.
+    batch, num_experts = x.shape[0], weight.shape[0]
+    return batch <= num_experts or batch * weight.numel() <= num_experts * x.numel()
+
+
+def _convolve(
     x: Tensor,
     weight: Tensor,
     routing_weights: Tensor,
@@ -183,42 +211,148 @@ def _grouped(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
+    at_once: int,
 ) -> Tensor:
+    """`at_once` examples are the groups of one convolution."""
+    options = (stride, padding, dilation, groups)
+    if _need_gradients(x, weight, routing_weights) and not _keeps_kernels(x, weight):
+        y = _MixedConvolution.apply(x, weight, routing_weights, *options, at_once)
+        assert isinstance(y, Tensor)
+        return y
+    if at_once == x.shape[0]:  # a short way, as its overhead is felt in small layers
+        return _convolve_groups(x, _mix(weight, routing_weights, x.dtype), *options)
+    return _MixedConvolution.forward(x, weight, routing_weights, *options, at_once)
+
+
+def _convolve_groups(
+    x: Tensor,
+    kernels: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """x (B, C, H, W), kernels (B, O, C / G, kh, kw) -> (B, O, H', W'), in one convolution."""
     batch = x.shape[0]
-    y = F.conv2d(
-        x.reshape(1, -1, *x.shape[2:]),
-        _mix(weight, routing_weights, x.dtype).flatten(0, 1),
-        None,
-        stride,
-        padding,
-        dilation,
-        batch * groups,
-    )
-    return y.view(batch, -1, *y.shape[2:])
+    x, kernels = _join_examples(x), kernels.flatten(0, 1)
+    y = F.conv2d(x, kernels, None, stride, padding, dilation, batch * groups)
+    return y if batch == 1 else y.view(batch, -1, *y.shape[2:])
 
 
-def _loop(
-    x: Tensor,
-    weight: Tensor,
-    routing_weights: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> Tensor:
-    # Few examples at a time, so that their kernels stay in the cache.
-    num_bytes = weight[0].numel() * weight.element_size()
-    kernels = (
-        kernel
-        for weights in routing_weights.split(max(MIXED_BYTES // num_bytes, 1))
-        for kernel in _mix(weight, weights, x.dtype)
-    )
-    return torch.cat(
-        [
-            F.conv2d(example, kernel, None, stride, padding, dilation, groups)
-            for example, kernel in zip(x.split(1), kernels, strict=True)
-        ]
-    )
+class _MixedConvolution(torch.autograd.Function):
+    """`_convolve` with a backward pass that mixes the kernels again instead of keeping them.
+
+    Every step is differentiable: gradients of gradients come out right.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        routing_weights: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+        at_once: int,
+    ) -> Tensor:
+        outputs = []
+        step = _examples_at_once(weight, at_once)
+        for part, weights in zip(_split(x, step), _split(routing_weights, step), strict=True):
+            kernels = _mix(weight, weights, x.dtype)
+            outputs += [
+                _convolve_groups(examples, kernel, stride, padding, dilation, groups)
+                for examples, kernel in zip(
+                    _split(part, at_once), _split(kernels, at_once), strict=True
+                )
+            ]
+        return _concatenate(outputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.options = inputs[3:]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, routing_weights = ctx.saved_tensors
+        stride, padding, dilation, groups, at_once = ctx.options
+        needs_x, needs_weight, needs_routing = ctx.needs_input_grad[:3]
+        needs_kernels = needs_weight or needs_routing
+        grad_weight = None
+        grads_x, grads_routing = [], []
+        step = _examples_at_once(weight, at_once)
+        with disable_autocast(x.device.type):
+            for grad_part, part, weights in zip(
+                *(_split(tensor, step) for tensor in (grad_outputs[0], x, routing_weights)),
+                strict=True,
+            ):
+                kernels = _mix(weight, weights, x.dtype)
+                grads_kernels = []
+                for grad_y, examples, kernel in zip(
+                    *(_split(tensor, at_once) for tensor in (grad_part, part, kernels)), strict=True
+                ):
+                    num = examples.shape[0]
+                    grad_x, grad_kernel, _ = torch.ops.aten.convolution_backward(
+                        _join_examples(grad_y),
+                        _join_examples(examples),
+                        kernel.flatten(0, 1),
+                        None,
+                        stride,
+                        padding,
+                        dilation,
+                        False,
+                        (0, 0),
+                        num * groups,
+                        (needs_x, needs_kernels, False),
+                    )
+                    if needs_x:
+                        grads_x.append(grad_x.reshape(examples.shape))
+                    if needs_kernels:
+                        grads_kernels.append(grad_kernel.reshape(num, -1))
+                if needs_kernels:
+                    grad_kernels = _concatenate(grads_kernels).to(weight.dtype)
+                    if needs_weight:
+                        grad_weight = _add_product(weights.t(), grad_kernels, grad_weight)
+                    if needs_routing:
+                        grads_routing.append(grad_kernels @ weight.flatten(1).t())
+        return (
+            _concatenate(grads_x) if needs_x else None,
+            None if grad_weight is None else grad_weight.view_as(weight),
+            _concatenate(grads_routing) if needs_routing else None,
+            *[None] * 5,
+        )
+
+
+def _examples_at_once(weight: Tensor, at_once: int) -> int:
+    """Examples to mix the kernels of, where `at_once` are convolved."""
+    if torch.compiler.is_compiling() or weight.device.type != "cpu":
+        return at_once
+    return max(MAX_EXAMPLES, at_once)
+
+
+def _join_examples(tensor: Tensor) -> Tensor:
+    """(n, C, H, W) -> (1, n * C, H, W)."""
+    return tensor if tensor.shape[0] == 1 else tensor.reshape(1, -1, *tensor.shape[2:])
+
+
+def _split(tensor: Tensor, size: int, dim: int = 0) -> Sequence[Tensor]:
+    return (tensor,) if tensor.shape[dim] <= size else tensor.split(size, dim)
+
+
+def _concatenate(tensors: Sequence[Tensor], dim: int = 0, as_rows: bool = False) -> Tensor:
+    """`torch.cat`; of tensors (B, O, L) that are laid out as (B, L, O) where `as_rows`."""
+    if len(tensors) == 1:
+        return tensors[0]
+    if as_rows:
+        return torch.cat([tensor.mT for tensor in tensors], 2 if dim == 1 else 0).mT
+    return torch.cat(tensors, dim)
+
+
+def _add_product(a: Tensor, b: Tensor, total: Tensor | None) -> Tensor:
+    return a @ b if total is None else total.addmm_(a, b)
 
 
 def _matmul(
@@ -235,7 +369,10 @@ def _matmul(
         patches = x[:, :, :: stride[0], :: stride[1]].flatten(2)
     else:
         patches = F.unfold(x, kernel_size, dilation, padding, stride)
-    y = _MixedMatmul.apply(patches, weight.flatten(2), routing_weights, groups)
+    arguments = (patches, weight.flatten(2), routing_weights, groups)
+    if torch.compiler.is_exporting() or not _need_gradients(patches, weight, routing_weights):
+        return _MixedMatmul.forward(*arguments)
+    y = _MixedMatmul.apply(*arguments)
     assert isinstance(y, Tensor)
     return y
 
@@ -244,26 +381,30 @@ class _MixedMatmul(torch.autograd.Function):
     """patches (B, G * K, L), weight (E, O, K), routing_weights (B, E), G -> (B, O, L).
 
     The backward pass mixes the kernels again instead of keeping them. Both passes mix those of
-    some output channels at a time, so that they stay in the cache. Every step is differentiable:
-    gradients of gradients come out right.
+    some examples and some output channels at a time, so that they stay in the cache. Every step
+    is differentiable: gradients of gradients come out right.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(patches: Tensor, weight: Tensor, routing_weights: Tensor, groups: int) -> Tensor:
-        step = _channels_at_once(patches, weight, groups)
+        examples, channels = _block_size(patches, weight, groups)
         as_rows = _are_rows(patches)
-        patches = _split_groups(patches, groups)
+        parts = [
+            (_split_groups(part, groups), weights)
+            for part, weights in zip(
+                _split(patches, examples), _split(routing_weights, examples), strict=True
+            )
+        ]
         outputs = []
-        for block in weight.split(step, dim=1):
-            kernels = _split_groups(_mix(block, routing_weights, patches.dtype), groups)
-            outputs.append(_join_groups(_multiply(kernels, patches, as_rows), groups))
-        if len(outputs) == 1:
-            return outputs[0]
-        if as_rows:
-            return torch.cat([output.mT for output in outputs], dim=2).mT
-        return torch.cat(outputs, dim=1)
+        for block in _split(weight, channels, dim=1):
+            pieces = []
+            for part, weights in parts:
+                kernels = _split_groups(_mix(block, weights, part.dtype), groups)
+                pieces.append(_join_groups(_multiply(kernels, part, as_rows), groups))
+            outputs.append(_concatenate(pieces, dim=0, as_rows=as_rows))
+        return _concatenate(outputs, dim=1, as_rows=as_rows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
@@ -275,32 +416,49 @@ class _MixedMatmul(torch.autograd.Function):
         patches, weight, routing_weights = ctx.saved_tensors
         needs_patches, needs_weight, needs_routing, _ = ctx.needs_input_grad
         groups = ctx.groups
-        step = _channels_at_once(patches, weight, groups)
+        examples, channels = _block_size(patches, weight, groups)
         as_rows = _are_rows(patches)
-        patches = _split_groups(patches, groups)
-        grad_patches = grad_routing = None
-        grad_blocks = []
+        blocks = _split(weight, channels, dim=1)
+        grad_blocks: list[Tensor | None] = [None] * len(blocks)
+        grads_patches, grads_routing = [], []
         with disable_autocast(patches.device.type):
-            for block, grad_y in zip(
-                weight.split(step, dim=1), grad_outputs[0].split(step, dim=1), strict=True
+            for grad_part, part, weights in zip(
+                *(
+                    _split(tensor, examples)
+                    for tensor in (grad_outputs[0], patches, routing_weights)
+                ),
+                strict=True,
             ):
-                grad_y = _split_groups(grad_y, groups)
-                if needs_patches:
-                    kernels = _split_groups(_mix(block, routing_weights, patches.dtype), groups)
-                    grad_patches = _multiply(kernels.mT, grad_y, as_rows, grad_patches)
-                if needs_weight or needs_routing:
-                    grad_kernels = _join_groups(torch.bmm(grad_y, patches.mT), groups)
-                    grad_kernels = grad_kernels.flatten(1).to(weight.dtype)
-                    if needs_weight:
-                        grad_block = routing_weights.t() @ grad_kernels
-                        grad_blocks.append(grad_block.view_as(block))
-                    if needs_routing:
-                        term = grad_kernels @ block.flatten(1).t()
-                        grad_routing = term if grad_routing is None else grad_routing + term
+                part = _split_groups(part, groups)
+                grad_patches = grad_routing = None
+                for i, (block, grad_y) in enumerate(
+                    zip(blocks, _split(grad_part, channels, dim=1), strict=True)
+                ):
+                    grad_y = _split_groups(grad_y, groups)
+                    if needs_patches:
+                        kernels = _split_groups(_mix(block, weights, part.dtype), groups)
+                        grad_patches = _multiply(kernels.mT, grad_y, as_rows, grad_patches)
+                    if needs_weight or needs_routing:
+                        grad_kernels = _join_groups(torch.bmm(grad_y, part.mT), groups)
+                        grad_kernels = grad_kernels.flatten(1).to(weight.dtype)
+                        if needs_weight:
+                            grad_blocks[i] = _add_product(weights.t(), grad_kernels, grad_blocks[i])
+                        if needs_routing:
+                            term = grad_kernels @ block.flatten(1).t()
+                            grad_routing = term if grad_routing is None else grad_routing + term
+                grads_patches.append(grad_patches)
+                grads_routing.append(grad_routing)
         return (
-            None if grad_patches is None else _join_groups(grad_patches, groups),
-            torch.cat(grad_blocks, dim=1) if grad_blocks else None,
-            grad_routing,
+            _join_groups(_concatenate(grads_patches, as_rows=as_rows), groups)
+            if needs_patches
+            else None,
+            torch.cat(
+                [grad.view_as(block) for grad, block in zip(grad_blocks, blocks, strict=True)],
+                dim=1,
+            )
+            if needs_weight
+            else None,
+            _concatenate(grads_routing) if needs_routing else None,
             None,
         )
 
@@ -322,19 +480,18 @@ def _multiply(a: Tensor, b: Tensor, as_rows: bool, total: Tensor | None = None) 
     return torch.bmm(a, b) if total is None else total.baddbmm_(a, b)
 
 
-def _channels_at_once(patches: Tensor, weight: Tensor, groups: int) -> int:
-    """Output channels whose mixed kernels fit the cache: a static function of the shapes.
-
-    Kernels that take less than the patches would have these read more often than they save.
-    """
-    channels = weight.shape[1]
+def _block_size(patches: Tensor, weight: Tensor, groups: int) -> tuple[int, int]:
+    """Examples and output channels to mix the kernels of at a time: a static function of shapes."""
+    batch, channels = patches.shape[0], weight.shape[1]
     # A compiler gets one product: its graph neither grows nor depends on the batch.
-    if torch.compiler.is_compiling() or weight.device.type != "cpu" or groups > 1:
-        return channels
-    num_bytes = patches.shape[0] * weight[0].numel() * weight.element_size()
-    fitting_bytes = max(MIXED_BYTES, patches.numel() * patches.element_size())
-    num_blocks = min(-(-num_bytes // fitting_bytes), channels // MIN_CHANNELS)
-    return -(-channels // max(num_blocks, 1))
+    if torch.compiler.is_compiling() or weight.device.type != "cpu":
+        return batch, channels
+    examples = min(batch, MAX_EXAMPLES)
+    if groups > 1:
+        return examples, channels
+    num_bytes = examples * weight[0].numel() * weight.element_size()
+    num_blocks = min(-(-num_bytes // MIXED_BYTES), channels // MIN_CHANNELS)
+    return examples, -(-channels // max(num_blocks, 1))
 
 
 def _split_groups(tensor: Tensor, groups: int) -> Tensor:
@@ -354,11 +511,10 @@ def _output_size(
     padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> tuple[int, int]:
-    height, width = (
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[3 + i] - 1) - 1) // stride[i]
-        + 1
-        for i in range(2)
-    )
+    *_, rows, columns = x.shape
+    *_, kernel_rows, kernel_columns = weight.shape
+    height = (rows + 2 * padding[0] - dilation[0] * (kernel_rows - 1) - 1) // stride[0] + 1
+    width = (columns + 2 * padding[1] - dilation[1] * (kernel_columns - 1) - 1) // stride[1] + 1
     if height < 1 or width < 1:
         raise ValueError(
             f"the kernel {tuple(weight.shape[3:])} with dilation {dilation} does not fit into "

@@ -62,7 +62,7 @@ class Recipe:
     num_train: int = 1500
     num_val: int = 300
     image_size: tuple[int, int] = (160, 256)
-    object_size: tuple[float, float] = (30.0, 150.0)
+    object_size: tuple[float, float] = (32.0, 120.0)
     max_objects: int = 6
     empty: float = 0.06
     min_visible: float = 0.75

@@ -144,24 +144,28 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
+@pytest.fixture
+def _mixed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are never kept for the backward pass."""
+    monkeypatch.setattr(functional, "_keeps_kernels", lambda *_: False)
+
+
 def use_small_blocks(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(
-        functional,
-        "_channels_at_once",
-        lambda patches, weight, groups: 4 if groups == 1 else weight.shape[1],
-    )
+    patch.setattr(functional, "MAX_EXAMPLES", 2)
+    patch.setattr(functional, "MIXED_BYTES", 1)
+    patch.setattr(functional, "MIN_CHANNELS", 4)
 
 
 @pytest.mark.parametrize("strategy", [None, *STRATEGIES])
 @settings(derandomize=True, max_examples=60, deadline=None)
-@given(case=cases(), small_blocks=st.booleans())
+@given(case=cases(), small_blocks=st.booleans(), keeps_kernels=st.booleans())
 def test_outputs_and_gradients_equal_the_loop(
-    strategy: str | None, case: Case, small_blocks: bool
+    strategy: str | None, case: Case, small_blocks: bool, keeps_kernels: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "_keeps_kernels", lambda *_: keeps_kernels)
         if small_blocks:
             use_small_blocks(patch)
-            patch.setattr(functional, "MIXED_BYTES", 1)
             patch.setattr(functional, "MAX_PATCHES", 10)
         assert_equals_reference(case, strategy)
 
@@ -188,18 +192,19 @@ def test_an_empty_batch_gives_an_empty_output(strategy: str | None, groups: int)
 
 
 def test_kernels_are_mixed_in_even_blocks_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    def channels_at_once(num_patches: int, groups: int = 1) -> int:
-        patches, weight = torch.zeros(8, 3 * groups, num_patches), torch.zeros(2, 100, 3)
-        return functional._channels_at_once(patches, weight, groups)
+    def block_size(batch: int, groups: int = 1) -> tuple[int, int]:
+        patches, weight = torch.zeros(batch, 3 * groups, 5), torch.zeros(2, 100, 3)
+        return functional._block_size(patches, weight, groups)
 
-    assert channels_at_once(1) == 100
+    assert block_size(3) == (3, 100)
+    assert block_size(30) == (8, 100)
     monkeypatch.setattr(functional, "MIXED_BYTES", 8 * 30 * 3 * 4)
     monkeypatch.setattr(functional, "MIN_CHANNELS", 10)
-    assert channels_at_once(1) == 25
-    assert channels_at_once(1, groups=2) == 100
-    assert channels_at_once(60) == 50
+    assert block_size(30) == (8, 25)
+    assert block_size(4) == (4, 50)
+    assert block_size(30, groups=2) == (8, 100)
     monkeypatch.setattr(functional, "MIN_CHANNELS", 64)
-    assert channels_at_once(1) == 100
+    assert block_size(30) == (8, 100)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +214,7 @@ def test_kernels_are_mixed_in_even_blocks_that_fit(monkeypatch: pytest.MonkeyPat
         (8, 3, 5, 1, "matmul"),
         (8, 3, 19, 1, "grouped"),
         (32, 3, 19, 1, "loop"),
-        (32, 3, 10, 1, "grouped"),
+        (32, 3, 10, 1, "loop"),
         (32, 3, 19, 256, "grouped"),
         (1, 1, 19, 1, "grouped"),
     ],
@@ -230,18 +235,21 @@ def test_the_memory_format_is_that_of_a_convolution(strategy: str | None, groups
     assert run(make_case(groups=groups, out_channels=8), strategy).is_contiguous()
 
 
+@pytest.mark.usefixtures("_mixed_again")
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("groups", [1, 4])
-def test_matmul_has_correct_second_derivatives(groups: int) -> None:
+def test_second_derivatives(strategy: str, groups: int) -> None:
     case = make_case(
         batch=2, num_experts=2, size=(4, 4), groups=groups, out_channels=4, channels=4, padding=1
     )
 
     def function(*inputs: Tensor) -> Tensor:
-        return run(Case(*inputs, case.options), "matmul")
+        return run(Case(*inputs, case.options), strategy)
 
     assert torch.autograd.gradgradcheck(function, case.leaves(), fast_mode=True)
 
 
+@pytest.mark.usefixtures("_mixed_again")
 @pytest.mark.parametrize("max_patches", [0, 64])
 def test_second_derivatives_through_blocks(
     monkeypatch: pytest.MonkeyPatch, max_patches: int
@@ -257,34 +265,49 @@ def test_second_derivatives_through_blocks(
     assert torch.autograd.gradgradcheck(function, case.leaves(), fast_mode=True)
 
 
-def test_matmul_keeps_no_mixed_kernels() -> None:
-    case = make_case(batch=8, padding=1)
-    num_mixed = 8 * case.weight[0].numel()
-    for strategy, kept in (("matmul", False), ("grouped", True)):
-        sizes = []
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("batch", "size", "kept"), [(8, (2, 2), False), (8, (9, 9), True), (3, (2, 2), True)]
+)
+def test_mixed_kernels_are_kept_only_where_small(
+    strategy: str, batch: int, size: tuple[int, int], kept: bool
+) -> None:
+    case = make_case(batch=batch, num_experts=4, padding=1, size=size)
+    sizes = set()
 
-        def record(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
-            sizes.append(tensor.numel())
-            return tensor
+    def record(tensor: Tensor) -> Tensor:
+        sizes.add(tensor.numel())
+        return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-            run(case, strategy)
-        assert (num_mixed in sizes) == kept
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        run(case, strategy)
+    kernel_size = case.weight[0].numel()
+    assert bool(sizes & {kernel_size, batch * kernel_size}) == (kept and strategy != "matmul")
 
 
+@pytest.mark.usefixtures("_mixed_again")
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("frozen", range(3))
-def test_frozen_inputs_get_no_gradient(frozen: int) -> None:
-    case = make_case()
+def test_frozen_inputs_get_no_gradient(frozen: int, strategy: str) -> None:
+    case = make_case(size=(4, 4))
     case[frozen].requires_grad_(False)
-    run(case, "matmul").sum().backward()
+    run(case, strategy).sum().backward()
     for i, tensor in enumerate(case.leaves()):
         assert (tensor.grad is None) == (i == frozen)
 
 
+@pytest.mark.parametrize("keeps_kernels", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("strategy", [None, *STRATEGIES])
 @pytest.mark.parametrize("num_experts", [1, 3])
-def test_autocast(strategy: str | None, dtype: torch.dtype, num_experts: int) -> None:
+def test_autocast(
+    monkeypatch: pytest.MonkeyPatch,
+    strategy: str | None,
+    dtype: torch.dtype,
+    num_experts: int,
+    keeps_kernels: bool,
+) -> None:
+    monkeypatch.setattr(functional, "_keeps_kernels", lambda *_: keeps_kernels)
     case = make_case(num_experts=num_experts, dtype=torch.float32, padding="same", stride=2)
     with torch.autocast("cpu", dtype):
         y = run(case, strategy)
@@ -354,11 +377,13 @@ def test_compiles_without_graph_breaks(strategy: str | None, groups: int) -> Non
         torch.testing.assert_close(actual, wanted)
 
 
-def test_functional_transforms() -> None:
-    case = make_case(padding=1)
+@pytest.mark.usefixtures("_mixed_again")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_functional_transforms(strategy: str) -> None:
+    case = make_case(padding=1, size=(4, 4))
 
     def loss(weight: Tensor) -> Tensor:
-        return run(case._replace(weight=weight), "matmul").square().sum()
+        return run(case._replace(weight=weight), strategy).square().sum()
 
     weight = case.weight.detach()
     reference = loop_reference(case).square().sum()
