@@ -53,7 +53,7 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
     from detection.data.transforms import TrainTransform
     from detection.detector import Detector
     from detection.engine.evaluate import Evaluation, evaluate
-    from detection.engine.optimization import average_weights, parameter_groups
+    from detection.engine.optimization import average_weights, build_optimizer
     from detection.engine.processes import join_processes
     from detection.engine.run_folder import LOGGER, RunFolder, read_json, start_logging
     from detection.engine.settings import TrainerSettings
@@ -91,7 +91,7 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
             load_backbone(parts.network.get_submodule("backbone"), backbone_weights)
         network = prepare_network(parts.network, settings, processes)
         transform = TrainTransform(resize=parts.preprocess.resize, **augmentation)
-        optimizer = build(content["optimizer"], params=parameter_groups(network))
+        optimizer = build_optimizer(content["optimizer"], network)
         state = TrainState(
             network=network,
             optimizer=optimizer,

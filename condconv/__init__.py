@@ -3,16 +3,32 @@
 Each example is convolved with its own kernel, a weighted sum of E expert kernels.
 """
 
-from condconv.cost import count_multiply_adds, count_parameters
+from condconv.convert import accelerate_timm, convert_to_condconv, spread_over_experts
+from condconv.cost import ModuleCost, cost_table, count_multiply_adds, count_parameters
+from condconv.diagnostics import (
+    RoutingSummary,
+    capture_routing,
+    compare_experts,
+    summarize_routing,
+)
 from condconv.functional import condconv2d
 from condconv.layers import CondConv2d, Conv2dSame, RoutedCondConv2d, Router
 
 __all__ = [
     "CondConv2d",
     "Conv2dSame",
+    "ModuleCost",
     "RoutedCondConv2d",
     "Router",
+    "RoutingSummary",
+    "accelerate_timm",
+    "capture_routing",
+    "compare_experts",
     "condconv2d",
+    "convert_to_condconv",
+    "cost_table",
     "count_multiply_adds",
     "count_parameters",
+    "spread_over_experts",
+    "summarize_routing",
 ]

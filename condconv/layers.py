@@ -122,16 +122,20 @@ class CondConv2d(nn.Module):
 
     def reset_parameters(self) -> None:
         """Each expert as `nn.Conv2d` starts: uniform within 1 / sqrt(fan in)."""
-        bound = 1 / math.sqrt(self.weight[0, 0].numel())
+        bound = 1 / math.sqrt(self.kernels()[0, 0].numel())
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
+
+    def kernels(self) -> Tensor:
+        """The expert kernels (E, O, C / groups, kh, kw), however `weight` holds them."""
+        return self.weight
 
     def forward(self, x: Tensor, routing_weights: Tensor) -> Tensor:
         """x (B, C, H, W), routing_weights (B, E) -> (B, O, H', W')."""
         return condconv2d(
             x,
-            self.weight,
+            self.kernels(),
             routing_weights,
             self.bias,
             stride=self.stride,

@@ -14,10 +14,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from condconv import CondConv2d, count_multiply_adds
-from detection.build import ModelParts, build, build_model, build_partial
+from detection.build import ModelParts, build_model, build_partial
 from detection.cli import check_overrides, config_dir, plain
 from detection.data.shapes import Recipe, provide
-from detection.engine.optimization import parameter_groups
+from detection.engine.optimization import build_optimizer
 from detection.engine.settings import TrainerSettings
 from train_det import train
 
@@ -112,7 +112,7 @@ def test_learning_rates(
 ):
     """One GPU takes an eighth of the batch at an eighth of the rate, for eight times the steps."""
     content = compose_experiment(name, one_gpu=one_gpu)
-    optimizer = build(content["optimizer"], params=[nn.Parameter(torch.zeros(1))])
+    optimizer = build_optimizer(content["optimizer"], nn.Conv2d(1, 1, 1))
     schedule = LambdaLR(optimizer, build_partial(content["schedule"]))
     rates = [schedule.get_last_lr()[0]]
     for step in (500, 1000, 10500, 20000):
@@ -149,7 +149,7 @@ def test_one_gpu_changes_nothing_else(compose_experiment: Callable[..., Any], na
 def test_weight_decay_is_of_kernels_only(compose_experiment: Callable[..., Any], name: str):
     content = compose_experiment(name)
     network = build_meta(content).network
-    optimizer = build(content["optimizer"], params=parameter_groups(network))
+    optimizer = build_optimizer(content["optimizer"], network)
     decays = {
         id(parameter): group["weight_decay"]
         for group in optimizer.param_groups

@@ -3,31 +3,85 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Set
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from condconv import CondConv2d
+from condconv import CondConv2d, Router
+from detection.build import build
+from detection.errors import UserError
+
+ROUTER_OPTIONS = ("router_lr_factor", "router_weight_decay")
 
 
-def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: the kernels of convolutions, which take its weight decay, and
-    all else (biases, batch norm, routers), which takes none.
+def build_optimizer(config: Mapping[str, Any], network: nn.Module) -> Optimizer:
+    """Build the optimizer of a network.
+
+    Args:
+        config: the `optimizer` section: `_target_` and arguments of a torch optimizer, and, where
+            they differ from its defaults, the options of `parameter_groups`.
+
+    Raises:
+        UserError: where the target does not exist or an argument is refused.
     """
-    kernels = {
-        id(module.weight)
-        for module in network.modules()
-        if isinstance(module, (nn.Conv2d, CondConv2d))
-    }
-    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    return [
-        {"params": [parameter for parameter in trainable if id(parameter) in kernels]},
-        {
-            "params": [parameter for parameter in trainable if id(parameter) not in kernels],
-            "weight_decay": 0.0,
-        },
+    arguments = dict(config)
+    options = {key: arguments.pop(key) for key in ROUTER_OPTIONS if key in arguments}
+    for key, value in options.items():
+        if not isinstance(value, int | float) or value < 0:
+            raise UserError(f"optimizer.{key} must be a number from 0 on, not {value!r}")
+    groups = parameter_groups(network, lr=arguments.get("lr"), **options)
+    return build(arguments, params=groups)
+
+
+def parameter_groups(
+    network: nn.Module,
+    *,
+    lr: float | None = None,
+    router_lr_factor: float = 1.0,
+    router_weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer: the kernels of convolutions, which take its weight decay, and all
+    else (biases, batch norm, routers), which takes none; then, where routers are to be trained
+    otherwise, their weights and their biases.
+
+    Args:
+        lr: the optimizer's learning rate; needed for `router_lr_factor` alone.
+        router_lr_factor: learning rate of the routers, relative to `lr`.
+        router_weight_decay: of the routers' weights, not of their biases.
+
+    Raises:
+        UserError: where there is no `lr` to scale, or it is no number.
+    """
+    modules = list(network.modules())
+    kernels = {id(child.weight) for child in modules if isinstance(child, (nn.Conv2d, CondConv2d))}
+    routers = [child.linear for child in modules if isinstance(child, Router)]
+    if router_lr_factor == 1 and router_weight_decay == 0:
+        routers = []
+    weights = {id(linear.weight) for linear in routers}
+    biases = {id(linear.bias) for linear in routers}
+    trainable = {id(item): item for item in network.parameters() if item.requires_grad}
+
+    def group(ids: Set[int], **options: float) -> dict[str, Any]:
+        return {"params": [item for key, item in trainable.items() if key in ids], **options}
+
+    groups = [
+        group(kernels),
+        group(trainable.keys() - kernels - weights - biases, weight_decay=0.0),
     ]
+    if routers:
+        rate = {}
+        if router_lr_factor != 1:
+            if not isinstance(lr, int | float):
+                raise UserError("optimizer.router_lr_factor needs a number as optimizer.lr")
+            rate["lr"] = lr * router_lr_factor
+        groups += [
+            group(weights, weight_decay=router_weight_decay, **rate),
+            group(biases, weight_decay=0.0, **rate),
+        ]
+    return groups
 
 
 def warmup_cosine(

@@ -6,10 +6,12 @@ from torch import nn
 
 from detection.engine.optimization import (
     average_weights,
+    build_optimizer,
     parameter_groups,
     warmup_constant,
     warmup_cosine,
 )
+from detection.errors import UserError
 from detection.models.ssd import ssd_mobilenet_v1
 
 
@@ -37,6 +39,52 @@ def test_only_kernels_decay():
     assert {parameter.dim() for parameter in plain["params"]} == {1, 2}
     total = len(decayed["params"]) + len(plain["params"])
     assert total == len(list(network.parameters()))
+
+
+@pytest.mark.parametrize(("factor", "decay"), [(1.0, 0.0), (0.1, 0.0), (1.0, 0.01), (3.0, 0.02)])
+def test_routers_have_options_of_their_own(factor: float, decay: float):
+    network = ssd_mobilenet_v1(num_classes=2, width=0.25, num_experts=2, input_size=64)
+    config = {"_target_": "torch.optim.SGD", "lr": 0.5, "weight_decay": 0.1}
+    options = {"router_lr_factor": factor, "router_weight_decay": decay}
+    plain, optimizer = (build_optimizer(content, network) for content in (config, config | options))
+    settings, before = (
+        {
+            id(parameter): (group["lr"], group["weight_decay"])
+            for group in groups
+            for parameter in group["params"]
+        }
+        for groups in (optimizer.param_groups, plain.param_groups)
+    )
+    for name, parameter in network.named_parameters():
+        expected = before[id(parameter)]
+        if "router" in name:
+            assert expected == (0.5, 0.0)
+            expected = (0.5 * factor, decay if name.endswith("weight") else 0.0)
+        assert settings.pop(id(parameter)) == expected, name
+    assert not settings
+    if factor == 1 and decay == 0:
+        assert len(optimizer.param_groups) == len(plain.param_groups)
+
+
+def test_router_options_of_a_static_network_do_nothing():
+    network = ssd_mobilenet_v1(num_classes=2, width=0.25, num_experts=1, input_size=64)
+    assert len(parameter_groups(network, lr=1.0, router_lr_factor=0.1)) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"router_lr_factor": -1.0}, "router_lr_factor"),
+        ({"router_lr_factor": "high"}, "router_lr_factor"),
+        ({"router_weight_decay": None}, "router_weight_decay"),
+        ({"router_lr_factor": 2.0, "lr": "high"}, r"optimizer\.lr"),
+        ({"lr": -1.0}, "SGD"),
+    ],
+)
+def test_impossible_options_are_refused(changes: dict[str, object], named: str):
+    network = ssd_mobilenet_v1(num_classes=2, width=0.25, num_experts=2, input_size=64)
+    with pytest.raises(UserError, match=named):
+        build_optimizer({"_target_": "torch.optim.SGD", "lr": 0.5, **changes}, network)
 
 
 def test_the_moving_average_follows_its_formula():
