@@ -342,7 +342,7 @@ def _split(tensor: Tensor, size: int, dim: int = 0) -> Sequence[Tensor]:
     return (tensor,) if tensor.shape[dim] <= size else tensor.split(size, dim)
 
 
-def _concatenate(tensors: Sequence[Tensor], dim: int = 0, as_rows: bool = False) -> Tensor:
+def _concatenate(tensors: list[Tensor], dim: int = 0, as_rows: bool = False) -> Tensor:
     """`torch.cat`; of tensors (B, O, L) that are laid out as (B, L, O) where `as_rows`."""
     if len(tensors) == 1:
         return tensors[0]
@@ -419,8 +419,9 @@ class _MixedMatmul(torch.autograd.Function):
         examples, channels = _block_size(patches, weight, groups)
         as_rows = _are_rows(patches)
         blocks = _split(weight, channels, dim=1)
-        grad_blocks: list[Tensor | None] = [None] * len(blocks)
-        grads_patches, grads_routing = [], []
+        grad_blocks: list[Any] = [None] * len(blocks)
+        grads_patches: list[Any] = []
+        grads_routing: list[Any] = []
         with disable_autocast(patches.device.type):
             for grad_part, part, weights in zip(
                 *(
