@@ -17,7 +17,7 @@ from torch import Tensor
 Padding = int | tuple[int, int] | Literal["same", "valid"]
 Strategy = Literal["matmul", "grouped", "loop"]
 
-# Measured on a CPU (float32, 8 experts): see docs/condconv.md.
+# Measured on a CPU (float32, 8 experts).
 MAX_PATCHES = 64  # output positions up to which gathering the patches of a k x k kernel pays
 MAX_GROUPED_BYTES = 32 * 2**20  # of the batch's mixed kernels, up to which one convolution pays
 MIXED_BYTES = 8 * 2**20  # mixed kernels at a time,
@@ -109,11 +109,12 @@ def condconv2d(
         bias: (E, O) expert biases, mixed like the kernels.
         padding: int, pair, "valid", or "same" as TensorFlow does it (any stride).
         strategy: how to execute; None chooses from the shapes.
-            "matmul": matrix products on the input's patches. The backward pass mixes the kernels
-            again instead of keeping B of them. No forward-mode differentiation (`torch.func.jvp`),
-            which the others have.
+            "matmul": matrix products on the input's patches.
             "grouped": one convolution in which each example is a group; exports fix the batch.
             "loop": one convolution an example; exports fix the batch.
+            The backward pass mixes the kernels again instead of keeping B of them: always with
+            "matmul", with the others where they take more than the input and the experts. There is
+            no forward-mode differentiation (`torch.func.jvp`) then.
 
     Returns:
         (B, O, H', W'), of the dtype and memory format that `F.conv2d` would give.
@@ -127,8 +128,7 @@ def condconv2d(
         raise ValueError(f"strategy must be one of {get_args(Strategy)}, got {strategy!r}")
 
     device_type = x.device.type
-    autocast = is_autocast_on(device_type)
-    if autocast and x.is_floating_point() and x.dtype != torch.float64:
+    if is_autocast_on(device_type) and x.is_floating_point() and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device_type))
     elif x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: convert one of them")
@@ -138,7 +138,7 @@ def condconv2d(
     x, symmetric = pad_input(x, (weight.shape[3], weight.shape[4]), stride, padding, dilation)
     output_size = _output_size(x, weight, stride, symmetric, dilation)
 
-    with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
+    with disable_autocast(device_type):
         if weight.shape[0] == 1 and strategy is None:
             # One expert: scaling the output is scaling the kernel.
             y = F.conv2d(x, weight[0].to(x.dtype), None, stride, symmetric, dilation, groups)
@@ -328,9 +328,13 @@ class _MixedConvolution(torch.autograd.Function):
 
 def _examples_at_once(weight: Tensor, at_once: int) -> int:
     """Examples to mix the kernels of, where `at_once` are convolved."""
-    if torch.compiler.is_compiling() or weight.device.type != "cpu":
-        return at_once
-    return max(MAX_EXAMPLES, at_once)
+    return max(MAX_EXAMPLES, at_once) if _works_in_parts(weight) else at_once
+
+
+def _works_in_parts(weight: Tensor) -> bool:
+    """Whether to mix some kernels at a time: a static function of where the work is done."""
+    # A compiler gets one product: its graph neither grows nor depends on the batch.
+    return weight.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _join_examples(tensor: Tensor) -> Tensor:
@@ -484,8 +488,7 @@ def _multiply(a: Tensor, b: Tensor, as_rows: bool, total: Tensor | None = None) 
 def _block_size(patches: Tensor, weight: Tensor, groups: int) -> tuple[int, int]:
     """Examples and output channels to mix the kernels of at a time: a static function of shapes."""
     batch, channels = patches.shape[0], weight.shape[1]
-    # A compiler gets one product: its graph neither grows nor depends on the batch.
-    if torch.compiler.is_compiling() or weight.device.type != "cpu":
+    if not _works_in_parts(weight):
         return batch, channels
     examples = min(batch, MAX_EXAMPLES)
     if groups > 1:
