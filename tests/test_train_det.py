@@ -50,9 +50,9 @@ def test_the_run_folder_is_whole(run: Callable[..., Path]):
     assert {"AP", "AP50", "AR100", "loss", "loss_classification"} <= lines[-1].keys()
     assert {"loss", "learning_rate", "images_per_second"} <= lines[0].keys()
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert len(metrics["per_class"]) == 6
+    assert len(metrics["per_class"]) == 5
     content = load_checkpoint(folder / "checkpoints" / "last.pt")
-    assert content["step"] == 4 and len(content["categories"]) == 6
+    assert content["step"] == 4 and len(content["categories"]) == 5
 
 
 def test_training_learns(run: Callable[..., Path]):
@@ -252,7 +252,7 @@ def test_resume_refuses_what_changes_the_weights(run: Callable[..., Path], overr
 
 
 def test_nothing_is_written_where_the_data_is_wrong(run: Callable[..., Path], tmp_path: Path):
-    with pytest.raises(UserError, match=r"model\.num_classes=3, but the data has 6 classes"):
+    with pytest.raises(UserError, match=r"model\.num_classes=3, but the data has 5 classes"):
         run("model.num_classes=3")
     with pytest.raises(UserError, match="cannot be shared"):
         run("trainer.num_micro_batches=3")
