@@ -60,7 +60,7 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
     from detection.engine.state import TrainState
     from detection.engine.train import prepare_network, run_training
     from detection.evaluation.coco import CocoEvaluator, metrics_table
-    from detection.importers.backbone import load_backbone
+    from detection.importers.detector import start_detector
     from detection.visualization.results import draw_results
 
     if config.resume:
@@ -86,9 +86,14 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
 
         torch.manual_seed(content["seed"])
         parts = build_model(content["model"], len(categories))
-        backbone_weights = content["backbone_weights"] if checkpoint is None else None
-        if backbone_weights is not None:
-            load_backbone(parts.network.get_submodule("backbone"), backbone_weights)
+        started: list[str] = []
+        if checkpoint is None:
+            started = start_detector(
+                parts.network,
+                categories,
+                weights=content["model"].get("weights"),
+                backbone_weights=content["backbone_weights"],
+            )
         network = prepare_network(parts.network, settings, processes)
         transform = TrainTransform(resize=parts.preprocess.resize, **augmentation)
         optimizer = build_optimizer(content["optimizer"], network)
@@ -116,9 +121,7 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
             count_parameters(network) / 1e6,
             folder.path,
         )
-        if backbone_weights is not None:
-            LOGGER.info("the backbone starts from %s", backbone_weights)
-        for line in [*train_index.describe(), *val_index.describe()]:
+        for line in [*started, *train_index.describe(), *val_index.describe()]:
             LOGGER.info(line)
         evaluator = CocoEvaluator(val_index.ground_truth())
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+CodeWeights = tuple[float, float, float, float]
 # Faster R-CNN's codes: centre offsets and log sizes, scaled by these (x, y, w, h).
-CODE_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+CODE_WEIGHTS: CodeWeights = (10.0, 10.0, 5.0, 5.0)
 
 
 def xyxy_to_xywh(boxes: Tensor) -> Tensor:
@@ -30,21 +31,25 @@ def pairwise_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     Returns:
         (..., N, M); 0 where the union is empty.
     """
-    a, b = boxes_a[..., :, None, :], boxes_b[..., None, :, :]
-    low = torch.maximum(a[..., :2], b[..., :2])
-    high = torch.minimum(a[..., 2:], b[..., 2:])
-    width, height = (high - low).clamp(min=0).unbind(-1)
-    intersection = width * height
+    left_a, top_a, right_a, bottom_a = boxes_a[..., :, None, :].unbind(-1)
+    # Each coordinate in a row: pairs of coordinates would take twice as long.
+    left_b, top_b, right_b, bottom_b = (
+        side.contiguous() for side in boxes_b[..., None, :, :].unbind(-1)
+    )
+    width = torch.minimum(right_a, right_b) - torch.maximum(left_a, left_b)
+    height = torch.minimum(bottom_a, bottom_b) - torch.maximum(top_a, top_b)
+    intersection = width.clamp(min=0) * height.clamp(min=0)
     union = box_area(boxes_a)[..., :, None] + box_area(boxes_b)[..., None, :] - intersection
     return torch.where(union > 0, intersection / union, torch.zeros_like(union))
 
 
-def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """Codes of boxes relative to anchors (Ren et al., 2015, with `CODE_WEIGHTS`).
+def encode_boxes(boxes: Tensor, anchors: Tensor, weights: CodeWeights = CODE_WEIGHTS) -> Tensor:
+    """Codes of boxes relative to anchors (Ren et al., 2015).
 
     Args:
         boxes: (..., A, 4), of positive size.
         anchors: (A, 4).
+        weights: factors on the codes.
 
     Returns:
         (..., A, 4): dx, dy, dw, dh.
@@ -52,12 +57,12 @@ def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
     center, size = _center_size(boxes)
     anchor_center, anchor_size = _center_size(anchors)
     codes = torch.cat([(center - anchor_center) / anchor_size, (size / anchor_size).log()], dim=-1)
-    return codes * codes.new_tensor(CODE_WEIGHTS)
+    return codes * codes.new_tensor(weights)
 
 
-def decode_boxes(deltas: Tensor, anchors: Tensor) -> Tensor:
+def decode_boxes(deltas: Tensor, anchors: Tensor, weights: CodeWeights = CODE_WEIGHTS) -> Tensor:
     """The inverse of `encode_boxes`: codes (..., A, 4) at anchors (..., A, 4) -> boxes."""
-    deltas = deltas / deltas.new_tensor(CODE_WEIGHTS)
+    deltas = deltas / deltas.new_tensor(weights)
     anchor_center, anchor_size = _center_size(anchors)
     center = deltas[..., :2] * anchor_size + anchor_center
     # A bound far outside any image keeps an untrained network from giving infinite boxes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from hydra.errors import InstantiationException
@@ -16,12 +16,25 @@ from detection.preprocess import Preprocess
 # A checkpoint's config may name these and nothing else: it can come from anywhere.
 MODEL_TARGETS = frozenset(
     {
+        "detection.losses.FocalCriterion",
         "detection.losses.SSDCriterion",
+        "detection.models.backbones.MobileNetV1",
+        "detection.models.backbones.TimmBackbone",
+        "detection.models.backbones.TorchvisionResNet",
+        "detection.models.retinanet.FeaturePyramid",
+        "detection.models.retinanet.RetinaNet",
+        "detection.models.retinanet.RetinaNetHead",
+        "detection.models.ssd.SSD",
+        "detection.models.ssd.make_extras",
+        "detection.models.ssd.make_predictor",
         "detection.models.ssd.ssd_mobilenet_v1",
         "detection.postprocess.Postprocess",
+        "detection.preprocess.Letterbox",
         "detection.preprocess.Preprocess",
     }
 )
+# Keys beside a `backbone` section that say nothing themselves: keys of the sections refer to them.
+SHORTHANDS = frozenset({"width", "num_experts", "norm_momentum"})
 
 
 class ModelParts(NamedTuple):
@@ -48,12 +61,20 @@ def build_partial(config: Mapping[str, Any]) -> Callable[..., Any]:
 def build(config: Mapping[str, Any], **arguments: Any) -> Any:
     """Call what `_target_` names with the config's other keys and `arguments`.
 
+    Keys that hold a `_target_` of their own are built first; with `_partial_: true`, bound only.
+
     Raises:
-        UserError: where the target does not exist or refuses its arguments.
+        UserError: where a target does not exist or refuses its arguments.
     """
+    built = {
+        key: (build_partial if value.get("_partial_") else build)(value)
+        for key, value in config.items()
+        if isinstance(value, Mapping) and "_target_" in value
+    }
+    own = {key: value for key, value in config.items() if key not in built}
     try:
         # Bound first: Hydra would copy arguments such as parameters into a config.
-        return build_partial(config)(**arguments)
+        return build_partial(own)(**built, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"{config['_target_']}: {error}") from error
 
@@ -63,29 +84,44 @@ def build_model(config: Mapping[str, Any], num_classes: int) -> ModelParts:
 
     Args:
         config: the network's target and arguments, and under `preprocess`, `criterion` and
-            `postprocess` those of the other parts.
+            `postprocess` those of the other parts. Where `preprocess` leaves `mean` or `std` open,
+            they are the backbone's. `weights`, which tells what training starts from, is left out.
         num_classes: from the category table; `config["num_classes"]` must agree where it is set.
 
     Raises:
         UserError: where a target is not in `MODEL_TARGETS`, or the class counts differ.
     """
     parts = {name: dict(config[name]) for name in ("preprocess", "criterion", "postprocess")}
-    network = {key: value for key, value in config.items() if key not in parts}
-    for part in [network, *parts.values()]:
-        if part.get("_target_") not in MODEL_TARGETS:
-            raise UserError(
-                f"the model config names {part.get('_target_')!r}; "
-                f"allowed are {', '.join(sorted(MODEL_TARGETS))}"
-            )
-    configured = network.pop("num_classes", None)
+    left_out = {*parts, "weights", *(SHORTHANDS if "backbone" in config else ())}
+    arguments = {key: value for key, value in config.items() if key not in left_out}
+    for part in [arguments, *parts.values()]:
+        for target in [part.get("_target_"), *_nested_targets(list(part.values()))]:
+            if target not in MODEL_TARGETS:
+                raise UserError(
+                    f"the model config names {target!r}; "
+                    f"allowed are {', '.join(sorted(MODEL_TARGETS))}"
+                )
+    configured = arguments.pop("num_classes", None)
     if configured is not None and configured != num_classes:
         raise UserError(
             f"model.num_classes={configured}, but the data has {num_classes} classes: "
             "leave model.num_classes out to take the data's"
         )
+    network = build(arguments, num_classes=num_classes)
+    given = {key: value for key, value in parts["preprocess"].items() if value is not None}
+    normalization = getattr(network.backbone, "normalization", {})
     return ModelParts(
-        network=build(network, num_classes=num_classes),
-        preprocess=build(parts["preprocess"], input_size=network["input_size"]),
+        network=network,
+        preprocess=build({**normalization, **given}, input_size=network.input_size),
         criterion=build(parts["criterion"]),
         postprocess=build(parts["postprocess"]),
     )
+
+
+def _nested_targets(value: Any) -> Iterator[Any]:
+    """Every `_target_` inside of lists and mappings."""
+    if isinstance(value, Mapping):
+        yield from (target for key, target in value.items() if key == "_target_")
+    if isinstance(value, (Mapping, list)):
+        for child in value.values() if isinstance(value, Mapping) else value:
+            yield from _nested_targets(child)

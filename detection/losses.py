@@ -1,27 +1,32 @@
-"""The criterion of one-stage detectors, batched. B images, A anchors, S class slots."""
+"""The criterion of one-stage detectors, batched.
+
+Shapes: B images, A anchors, G ground truths, S class slots, M matched anchors of the batch.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import generalized_box_iou_loss
 
-from detection.boxes import encode_boxes
-from detection.matching import match_anchors
+from detection.boxes import decode_boxes, encode_boxes
+from detection.matching import IGNORED, match_anchors
 from detection.structures import RawPredictions, Targets
 
 
 class Losses(NamedTuple):
     """Loss sums over a batch and what they are to be divided by.
 
-    Sums can be added over processes and accumulation steps, so that the division by the number of
-    matches happens once, over the whole batch.
+    Sums can be added over processes and accumulation steps, so that the division happens once,
+    over the whole batch.
 
     Args:
         sums: weighted sums by name; their total is what is differentiated.
-        num_matches: () float, matched anchors of the batch.
+        num_matches: () float, the divisor: matched anchors of the batch; or its images, where
+            each image's share of the sums is divided by its own matches.
     """
 
     sums: dict[str, Tensor]
@@ -32,84 +37,132 @@ class Losses(NamedTuple):
         return torch.stack(list(self.sums.values())).sum()
 
 
-def sigmoid_focal_loss(logits: Tensor, targets: Tensor, *, alpha: float, gamma: float) -> Tensor:
-    """Focal loss (Lin et al., 2017, equation 5), elementwise.
+class Matches(NamedTuple):
+    """The matched anchors of a batch, those of all images in a row.
 
     Args:
-        logits: any shape.
-        targets: the same shape, 0 or 1.
+        images: (M,) int64, index of the image.
+        anchors: (M,) int64, index of the anchor.
+        labels: (M,) int64, class of its ground truth.
+        boxes: (M, 4), its ground truth.
     """
-    loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    probability = logits.sigmoid()
-    miss = probability + targets - 2 * probability * targets  # 1 - p_t
-    weight = alpha * targets + (1 - alpha) * (1 - targets)
-    return weight * miss**gamma * loss
+
+    images: Tensor
+    anchors: Tensor
+    labels: Tensor
+    boxes: Tensor
 
 
-class SSDCriterion(nn.Module):
-    """Focal classification loss on every anchor, smooth L1 on the codes of the matched ones.
+class FocalCriterion(nn.Module):
+    """Focal classification loss on every anchor, box loss on the matched ones.
 
-    As the TensorFlow Object Detection API computes it: slot 0 of the logits is background, whose
-    target is all zeros; the box loss is divided by the code size.
+    The defaults are those of the TensorFlow Object Detection API's SSD: background is a target of
+    zeros in all slots, its own slot too; smooth L1 is the mean over a box's four codes.
+    torchvision's RetinaNet has `background_threshold=0.4`, `keep_ties=True`, `alpha=0.25`,
+    `per_image=True`, and either L1 (`beta=0`) summed over the codes (`localization_weight=4`), or
+    `box_loss="giou"`.
 
     Args:
         match_threshold: IoU from which an anchor takes a ground truth.
+        background_threshold: as in `match_anchors`; ignored anchors have no class loss.
+        keep_ties: as in `match_anchors`.
         alpha: focal weight of positives.
         gamma: focal exponent.
-        beta: where smooth L1 turns from quadratic to linear.
+        box_loss: "smooth_l1" of the codes, or "giou" of the boxes.
+        beta: where smooth L1 turns from quadratic to linear; 0 is L1.
         classification_weight: weight of the class loss.
         localization_weight: weight of the box loss.
+        per_image: divide each image's losses by its own matches, then by the number of images;
+            else all by the matches of the batch.
     """
 
     def __init__(
         self,
         *,
         match_threshold: float = 0.5,
+        background_threshold: float | None = None,
+        keep_ties: bool = False,
         alpha: float = 0.75,
         gamma: float = 2.0,
+        box_loss: Literal["smooth_l1", "giou"] = "smooth_l1",
         beta: float = 1.0,
         classification_weight: float = 1.0,
         localization_weight: float = 1.0,
+        per_image: bool = False,
     ) -> None:
         super().__init__()
+        if box_loss not in ("smooth_l1", "giou"):
+            raise ValueError(f'box_loss must be "smooth_l1" or "giou", got {box_loss!r}')
         self.match_threshold = match_threshold
+        self.background_threshold = background_threshold
+        self.keep_ties = keep_ties
         self.alpha = alpha
         self.gamma = gamma
+        self.box_loss = box_loss
         self.beta = beta
         self.classification_weight = classification_weight
         self.localization_weight = localization_weight
+        self.per_image = per_image
 
     def forward(self, predictions: RawPredictions, targets: Targets) -> Losses:
         """Loss sums, in float32 also under autocast."""
-        deltas, logits = predictions.deltas.float(), predictions.logits.float()
-        match = match_anchors(predictions.anchors, targets, threshold=self.match_threshold)
-        slots = assign_slots(match, targets)
-        one_hot = F.one_hot(slots, logits.shape[-1]).to(logits.dtype)
-        one_hot[..., 0] = 0
-        classification = sigmoid_focal_loss(logits, one_hot, alpha=self.alpha, gamma=self.gamma)
-        codes = assign_codes(match, targets, predictions.anchors)
-        localization = F.smooth_l1_loss(deltas, codes, beta=self.beta, reduction="none").mean(-1)
-        matched = match >= 0
+        match = match_anchors(
+            predictions.anchors,
+            targets,
+            threshold=self.match_threshold,
+            background_threshold=self.background_threshold,
+            keep_ties=self.keep_ties,
+        )
+        matches = gather_matches(match, targets)
+        num_matches = (match >= 0).sum(1).float()
+        share = 1 / num_matches.clamp(min=1) if self.per_image else torch.ones_like(num_matches)
+        classification = self.classification_loss(predictions, match, matches, share)
+        localization = (self.localization_loss(predictions, matches) * share[matches.images]).sum()
         sums = {
-            "classification": self.classification_weight * classification.sum(),
-            "localization": self.localization_weight * (localization * matched).sum(),
+            "classification": self.classification_weight * classification,
+            "localization": self.localization_weight * localization,
         }
-        return Losses(sums, matched.sum().float())
+        divisor = torch.ones_like(num_matches) if self.per_image else num_matches
+        return Losses(sums, divisor.sum())
+
+    def classification_loss(
+        self, predictions: RawPredictions, match: Tensor, matches: Matches, share: Tensor
+    ) -> Tensor:
+        """Sum over all slots of all anchors, each image's times its share (B,)."""
+        logits = predictions.logits.float()
+        negatives = (1 - self.alpha) * focal_loss(logits, gamma=self.gamma).sum(-1)
+        negatives = negatives.masked_fill(match == IGNORED, 0.0).sum(1)
+        # All slots are counted as negatives: where one is positive, that is taken back.
+        slots = matches.labels + predictions.num_background
+        logits = logits[matches.images, matches.anchors, slots]
+        positives = self.alpha * focal_loss(-logits, gamma=self.gamma)
+        positives = positives - (1 - self.alpha) * focal_loss(logits, gamma=self.gamma)
+        return (negatives * share).sum() + (positives * share[matches.images]).sum()
+
+    def localization_loss(self, predictions: RawPredictions, matches: Matches) -> Tensor:
+        """(M,), of each matched anchor."""
+        deltas = predictions.deltas[matches.images, matches.anchors].float()
+        anchors, weights = predictions.anchors[matches.anchors], predictions.code_weights
+        if self.box_loss == "giou":
+            return generalized_box_iou_loss(decode_boxes(deltas, anchors, weights), matches.boxes)
+        codes = encode_boxes(matches.boxes, anchors, weights)
+        return F.smooth_l1_loss(deltas, codes, beta=self.beta, reduction="none").mean(-1)
 
 
-def assign_slots(match: Tensor, targets: Targets) -> Tensor:
-    """Class slot of each anchor: 1 + label where matched, else 0. match (B, A) -> (B, A) int64."""
-    if targets.labels.shape[1] == 0:
-        return torch.zeros_like(match)
-    labels = targets.labels.gather(1, match.clamp(min=0))
-    return torch.where(match >= 0, labels + 1, 0)
+# The name that older checkpoints know it by.
+SSDCriterion = FocalCriterion
 
 
-def assign_codes(match: Tensor, targets: Targets, anchors: Tensor) -> Tensor:
-    """Box codes each anchor should give, zeros where unmatched. match (B, A) -> (B, A, 4)."""
-    if targets.boxes.shape[1] == 0:
-        return anchors.new_zeros(*match.shape, 4)
-    matched = (match >= 0)[..., None]
-    boxes = targets.boxes.gather(1, match.clamp(min=0)[..., None].expand(-1, -1, 4))
-    # An unmatched anchor encodes itself: a padded box has no size, and its logarithm no value.
-    return encode_boxes(torch.where(matched, boxes, anchors), anchors)
+def focal_loss(logits: Tensor, *, gamma: float) -> Tensor:
+    """Focal loss (Lin et al., 2017, equation 4) of logits whose target is 0, elementwise.
+
+    That of logits whose target is 1 is `focal_loss(-logits)`.
+    """
+    return logits.sigmoid() ** gamma * F.softplus(logits)
+
+
+def gather_matches(match: Tensor, targets: Targets) -> Matches:
+    """match (B, A), as `match_anchors` gives it -> the matched anchors."""
+    images, anchors = (match >= 0).nonzero(as_tuple=True)
+    truths = match[images, anchors]
+    return Matches(images, anchors, targets.labels[images, truths], targets.boxes[images, truths])

@@ -9,10 +9,18 @@ from detection.boxes import pairwise_iou
 from detection.structures import Targets
 
 UNMATCHED = -1
+IGNORED = -2
 
 
-def match_anchors(anchors: Tensor, targets: Targets, *, threshold: float = 0.5) -> Tensor:
-    """Match anchors to ground truths as SSD does.
+def match_anchors(
+    anchors: Tensor,
+    targets: Targets,
+    *,
+    threshold: float = 0.5,
+    background_threshold: float | None = None,
+    keep_ties: bool = False,
+) -> Tensor:
+    """Match anchors to ground truths.
 
     An anchor takes the ground truth it overlaps most where their IoU reaches the threshold. Every
     ground truth also takes the anchor that overlaps it most, whatever the IoU: the first of
@@ -21,9 +29,14 @@ def match_anchors(anchors: Tensor, targets: Targets, *, threshold: float = 0.5) 
 
     Args:
         anchors: (A, 4).
+        background_threshold: an anchor whose best IoU lies from here to below the threshold is
+            neither matched nor background; None ignores none.
+        keep_ties: torchvision's `Matcher` with `allow_low_quality_matches`: all anchors that
+            overlap a ground truth as much as its best one are matched, each with the ground truth
+            that it overlaps most, be it another.
 
     Returns:
-        (B, A) int64, the index of the ground truth, or -1.
+        (B, A) int64, the index of the ground truth, or -1 for background, -2 for ignored.
     """
     num_anchors, num_truths = anchors.shape[0], targets.boxes.shape[1]
     if num_truths == 0:
@@ -32,6 +45,14 @@ def match_anchors(anchors: Tensor, targets: Targets, *, threshold: float = 0.5) 
     iou = iou.masked_fill(~targets.valid[..., None], -1.0)
     best_iou, best_truth = iou.max(dim=1)
     match = torch.where(best_iou >= threshold, best_truth, UNMATCHED)
+    if background_threshold is not None:
+        match = match.masked_fill(
+            (best_iou >= background_threshold) & (best_iou < threshold), IGNORED
+        )
+    if keep_ties:
+        # A ground truth that touches no anchor would be as near to all of them.
+        highest = iou.amax(dim=2, keepdim=True).clamp(min=torch.finfo(iou.dtype).tiny)
+        return torch.where((iou >= highest).any(dim=1), best_truth, match)
 
     best_anchor = iou.argmax(dim=2)  # (B, G)
     truths = torch.arange(num_truths, device=anchors.device).expand_as(best_anchor)

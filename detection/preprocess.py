@@ -67,3 +67,64 @@ class Preprocess(nn.Module):
         """
         scale = sizes.flip(-1).to(boxes.dtype).repeat(1, 2)[:, None] / self.input_size
         return boxes * scale
+
+
+class Letterbox(Preprocess):
+    """`Preprocess` that keeps the aspect: the longer side fills the square, the rest is padded.
+
+    Args:
+        input_size: side of the network's input in pixels.
+        mean: as in `Preprocess`; the padding has it too, rounded.
+        std: as in `Preprocess`.
+        centered: pad both ends of the shorter side; else the right or the bottom.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_size: int,
+        mean: float | Sequence[float] = 127.5,
+        std: float | Sequence[float] = 127.5,
+        centered: bool = False,
+    ) -> None:
+        super().__init__(input_size=input_size, mean=mean, std=std)
+        self.centered = centered
+        self.fill = self.mean.flatten().round().tolist()
+
+    def resize(
+        self, image: tv_tensors.Image, boxes: tv_tensors.BoundingBoxes
+    ) -> tuple[tv_tensors.Image, tv_tensors.BoundingBoxes]:
+        size, padding = self._place(image.shape[-2:])
+        padded_boxes = F.pad(F.resize(boxes, size), padding)
+        return cast(
+            "tuple[tv_tensors.Image, tv_tensors.BoundingBoxes]",
+            (self.resize_image(image), padded_boxes),
+        )
+
+    def resize_image(self, image: Tensor) -> Tensor:
+        size, padding = self._place(image.shape[-2:])
+        return F.pad(F.resize(image, size, antialias=True), padding, fill=self.fill)
+
+    def restore(self, boxes: Tensor, sizes: Tensor) -> Tensor:
+        """As in `Preprocess`; what reaches into the padding is cut off."""
+        fitted, start = self._fit(sizes)
+        scale, start = (
+            values.flip(-1).to(boxes.dtype).repeat(1, 2)[:, None]
+            for values in (sizes / fitted, start)
+        )
+        limit = sizes.flip(-1).to(boxes.dtype).repeat(1, 2)[:, None]
+        return ((boxes - start) * scale).clamp(min=0).minimum(limit)
+
+    def _place(self, size: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Of an image (height, width): its size in the input, padding left, top, right, bottom."""
+        fitted, start = (values[0].tolist() for values in self._fit(torch.tensor([list(size)])))
+        bottom, right = (self.input_size - s - f for s, f in zip(start, fitted, strict=True))
+        return fitted, [start[1], start[0], right, bottom]
+
+    def _fit(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Of images (B, 2), height and width: their sizes in the input, and where they start."""
+        longer = sizes.amax(1, keepdim=True)
+        # In whole numbers, so that resizing and restoring round alike.
+        fitted = ((2 * sizes * self.input_size + longer) // (2 * longer)).clamp(min=1)
+        start = (self.input_size - fitted) // 2 if self.centered else torch.zeros_like(fitted)
+        return fitted, start

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from detection.boxes import CODE_WEIGHTS, CodeWeights
+
 
 class Category(NamedTuple):
     """One class of a data set; its place in the category table is its label.
@@ -46,13 +48,19 @@ class RawPredictions(NamedTuple):
 
     Args:
         deltas: (B, A, 4) box codes relative to the anchors.
-        logits: (B, A, S) one logit a class slot (SSD's slot 0 is background).
+        logits: (B, A, S) one logit a class slot.
         anchors: (A, 4) float32, xyxy in input pixels.
+        num_background: the first slots that are no class: SSD's slot 0 is background.
+        code_weights: factors on the codes, as in `detection.boxes.encode_boxes`.
+        level_sizes: anchors of each feature map, in their order; empty where that is not told.
     """
 
     deltas: Tensor
     logits: Tensor
     anchors: Tensor
+    num_background: int = 1
+    code_weights: CodeWeights = CODE_WEIGHTS
+    level_sizes: tuple[int, ...] = ()
 
 
 class Detections(NamedTuple):

@@ -184,10 +184,14 @@ def test_a_truncated_checkpoint(
     assert "\n" not in str(info.value)
 
 
-def save_with(trained: Path, path: Path, **model: Any) -> None:
-    """Save the run's best checkpoint with another model section."""
+def save_with(trained: Path, path: Path, key: str, value: Any) -> None:
+    """Save the run's best checkpoint with another value of a key of its config."""
     content = load_checkpoint(trained / "checkpoints" / "best.pt")
-    content["config"]["model"].update(model)
+    *sections, name = key.split(".")
+    section = content["config"]
+    for own in sections:
+        section = section[own]
+    section[name] = value
     save_checkpoint(
         path,
         model=content["model"],
@@ -199,7 +203,7 @@ def save_with(trained: Path, path: Path, **model: Any) -> None:
 def test_weights_of_another_model(
     trained: Path, evaluate: Callable[..., dict[str, Any]], tmp_path: Path
 ):
-    save_with(trained, tmp_path / "other.pt", num_experts=3)
+    save_with(trained, tmp_path / "other.pt", "model.backbone.num_experts", 3)
     with pytest.raises(UserError, match=r"of another model: .* is \(2, .*not \(3"):
         evaluate(f"checkpoint={tmp_path / 'other.pt'}")
 
@@ -207,6 +211,6 @@ def test_weights_of_another_model(
 def test_a_checkpoint_cannot_name_other_code(
     trained: Path, evaluate: Callable[..., dict[str, Any]], tmp_path: Path
 ):
-    save_with(trained, tmp_path / "evil.pt", _target_="os.system")
+    save_with(trained, tmp_path / "evil.pt", "model._target_", "os.system")
     with pytest.raises(UserError, match=r"names 'os\.system'"):
         evaluate(f"checkpoint={tmp_path / 'evil.pt'}")

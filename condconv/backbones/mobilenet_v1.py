@@ -79,7 +79,7 @@ class RoutedBlock(nn.Module):
         num_experts: 1 builds no router.
     """
 
-    def __init__(self, layers: dict[str, ConvNormAct], *, in_channels: int, num_experts: int):
+    def __init__(self, layers: dict[str, nn.Module], *, in_channels: int, num_experts: int):
         super().__init__()
         self.router = Router(in_channels, num_experts) if num_experts > 1 else None
         self.layers = nn.ModuleDict(layers)
@@ -87,7 +87,7 @@ class RoutedBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         routing_weights = None if self.router is None else self.router(x)
         for layer in self.layers.values():
-            x = layer(x, routing_weights)
+            x = layer(x) if routing_weights is None else layer(x, routing_weights)
         return x
 
 

@@ -3,45 +3,133 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torchvision.models import get_model_weights
 
 from condconv import spread_over_experts
 from detection.checkpoint import load_weights
 from detection.errors import UserError
 from detection.importers.tensorflow import load_slim_mobilenet_v1, read_variables
 from detection.importers.timm import load_timm_mobilenet_v1
+from detection.models.backbones import (
+    TimmBackbone,
+    TorchvisionResNet,
+    create_timm,
+    create_timm_network,
+)
+
+PRETRAINED = "pretrained"
 
 
 def load_backbone(
     backbone: nn.Module,
-    path: str | Path,
+    source: str | Path,
     *,
     delta: float = 0.2,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Load ImageNet weights of MobileNetV1 into `condconv.backbones.MobileNetV1`, in place.
+    """Load ImageNet weights into a backbone, in place.
 
     Args:
-        backbone: static, or with experts, which then start as in `spread_over_experts`.
-        path: timm's weights where it ends in .pt or .pth (the `state_dict()` of its
-            `mobilenetv1_100`, written by `torch.save`), else TF-slim's, as `read_variables` takes
-            them.
+        backbone: MobileNetV1, `TorchvisionResNet` or `TimmBackbone`; static, or with experts, which
+            then start as in `spread_over_experts`.
+        source: "pretrained" for those that timm or torchvision publish, downloaded where they are
+            not in the cache; or a file. For MobileNetV1 one of timm's where it ends in .pt or .pth
+            (the `state_dict()` of its `mobilenetv1_100`, written by `torch.save`), else TF-slim's,
+            as `read_variables` takes them; for others one of timm's or torchvision's own.
         delta: as in `spread_over_experts`.
         generator: of the experts' differences; None takes the default one.
 
     Raises:
-        UserError: where the file cannot be read or holds another network.
+        UserError: where the weights cannot be had or are of another network.
     """
-    path = Path(path)
-    if path.suffix in (".pt", ".pth"):
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
-        state = load_timm_mobilenet_v1(weights)
+    if isinstance(backbone, TorchvisionResNet):
+        state = _read_torchvision(backbone.name, source)
+    elif isinstance(backbone, TimmBackbone):
+        state = _read_timm(backbone, source)
+    elif source == PRETRAINED:
+        state = load_timm_mobilenet_v1(_download_timm("mobilenetv1_100"))
+    elif Path(source).suffix in (".pt", ".pth"):
+        state = load_timm_mobilenet_v1(read_state(source))
     else:
-        state = load_slim_mobilenet_v1(read_variables(path))
-    load_weights(backbone, spread_over_experts(state, backbone, delta=delta, generator=generator))
+        state = load_slim_mobilenet_v1(read_variables(source))
+    load_static_weights(backbone, state, delta=delta, generator=generator)
+
+
+def load_static_weights(
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    delta: float,
+    generator: torch.Generator | None,
+) -> None:
+    """Load a state dict that must fit, once its static kernels are spread over experts.
+
+    Args:
+        network: static or conditional; what is of its shape already is loaded as it is.
+        delta: as in `spread_over_experts`.
+        generator: as in `spread_over_experts`.
+
+    Raises:
+        UserError: naming what is missing, left over, or of another shape.
+    """
+    own = network.state_dict()
+    spread = spread_over_experts(state, network, delta=delta, generator=generator)
+    spread |= {key: t for key, t in state.items() if key in own and own[key].shape == t.shape}
+    load_weights(network, spread)
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """What `torch.save` wrote, on the CPU.
+
+    Raises:
+        UserError: where it cannot be read, or is no dictionary.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no weights by name, but a {type(content).__name__}")
+    return content
+
+
+def _download_timm(name: str) -> dict[str, Tensor]:
+    try:
+        return create_timm(name, pretrained=True).state_dict()
+    except ValueError as error:
+        raise UserError(f"backbone_weights={PRETRAINED}: {error}") from error
+
+
+def _read_torchvision(name: str, source: str | Path) -> dict[str, Tensor]:
+    if source == PRETRAINED:
+        weights = get_model_weights(name)["DEFAULT"]
+        try:
+            state = weights.get_state_dict(progress=False, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"cannot download {weights.url}: {error}") from error
+    else:
+        state = read_state(source)
+    return {f"network.{key}": tensor for key, tensor in state.items() if not key.startswith("fc.")}
+
+
+def _read_timm(backbone: TimmBackbone, source: str | Path) -> dict[str, Tensor]:
+    options: dict[str, Any] = {"pretrained": True}
+    if source != PRETRAINED:
+        # timm takes what fits of a state dict, and is silent about the rest.
+        whole = create_timm(backbone.name)
+        head = f"{whole.pretrained_cfg['classifier']}."
+        own = {key: t for key, t in whole.state_dict().items() if key.startswith(head)}
+        body = {key: t for key, t in read_state(source).items() if not key.startswith(head)}
+        load_weights(whole, body | own)
+        options["pretrained_cfg_overlay"] = {"state_dict": whole.state_dict()}
+    try:
+        network = create_timm_network(backbone.name, backbone.strides, **options)
+    except ValueError as error:
+        raise UserError(f"backbone_weights={source}: {error}") from error
+    return {f"network.{key}": tensor for key, tensor in network.state_dict().items()}

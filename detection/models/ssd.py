@@ -5,13 +5,16 @@ Shapes: B images, S input size, A anchors of all levels, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
-import torch
 from torch import Tensor, nn
 
-from condconv.backbones.mobilenet_v1 import ConvNormAct, MobileNetV1, RoutedBlock, scale_channels
+from condconv import RoutedCondConv2d
+from condconv.backbones.mobilenet_v1 import ConvNormAct, RoutedBlock, scale_channels
 from detection.anchors import grid_anchors, ssd_anchor_sizes
+from detection.models.backbones import Backbone, MobileNetV1
+from detection.models.layers import join_levels, make_conv, reset_conv, trace_levels
 from detection.structures import RawPredictions
 
 
@@ -19,52 +22,66 @@ class SSD(nn.Module):
     """Backbone, extra feature layers, and one box and one class predictor a level.
 
     Args:
-        backbone: images (B, 3, S, S) -> feature maps.
-        extras: further levels, each computed from the one before.
-        channels: of each level, the backbone's first.
-        anchor_sizes: for each level, (width, height) of its anchors relative to the input.
+        backbone: images (B, 3, S, S) -> feature maps, finest first.
+        extras: makes the further levels, each computed from the one before; called with the
+            channels of the backbone's last map.
+        head: makes a predictor, called with its channels of input and of output.
         num_classes: K; the predictors give 1 + K logits an anchor, slot 0 is background.
         input_size: S.
+        min_scale: side of the anchors of the first level, relative to the input.
+        max_scale: of the last level.
+        reduce_boxes_in_lowest_layer: three anchors a cell on the first level instead of six.
     """
 
+    num_background = 1
     anchors: Tensor
 
     def __init__(
         self,
         *,
-        backbone: nn.Module,
-        extras: Sequence[nn.Module],
-        channels: Sequence[int],
-        anchor_sizes: Sequence[Sequence[tuple[float, float]]],
+        backbone: Backbone,
+        extras: Callable[[int], Sequence[nn.Module]],
+        head: Callable[[int, int], nn.Module],
         num_classes: int,
         input_size: int,
+        min_scale: float = 0.2,
+        max_scale: float = 0.95,
+        reduce_boxes_in_lowest_layer: bool = True,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.input_size = input_size
         self.backbone = backbone
-        self.extras = nn.ModuleList(extras)
+        self.extras = nn.ModuleList(extras(backbone.channels[-1]))
+        levels = trace_levels(self, input_size)
+        sizes = ssd_anchor_sizes(
+            len(levels),
+            min_scale=min_scale,
+            max_scale=max_scale,
+            reduce_boxes_in_lowest_layer=reduce_boxes_in_lowest_layer,
+        )
         self.box_predictors = nn.ModuleList()
         self.class_predictors = nn.ModuleList()
-        for level_channels, sizes in zip(channels, anchor_sizes, strict=True):
-            self.box_predictors.append(nn.Conv2d(level_channels, len(sizes) * 4, 1))
-            self.class_predictors.append(
-                nn.Conv2d(level_channels, len(sizes) * (1 + num_classes), 1)
-            )
-        self.reset_predictors()
-        grids = self._trace_grids()
-        self.register_buffer(
-            "anchors", grid_anchors(anchor_sizes, grids, input_size), persistent=False
+        for (channels, _, _), own in zip(levels, sizes, strict=True):
+            self.box_predictors.append(head(channels, len(own) * 4))
+            self.class_predictors.append(head(channels, len(own) * (1 + num_classes)))
+        # Classes start at a probability of 0.01 (Lin et al., 2017), boxes near their anchors.
+        for predictors, bias in ((self.box_predictors, 0.0), (self.class_predictors, -4.6)):
+            for predictor in predictors:
+                reset_conv(predictor.get_submodule(_last_layer(predictor)), std=0.01, bias=bias)
+        grids = [(rows, columns) for _, rows, columns in levels]
+        self.register_buffer("anchors", grid_anchors(sizes, grids, input_size), persistent=False)
+        self.level_sizes = tuple(
+            rows * columns * len(own) for (rows, columns), own in zip(grids, sizes, strict=True)
         )
 
-    def reset_predictors(self) -> None:
-        """Start classes at a probability of 0.01 (Lin et al., 2017), boxes near their anchors."""
-        for predictors, bias in ((self.box_predictors, 0.0), (self.class_predictors, -4.6)):
-            for name, parameter in predictors.named_parameters():
-                if name.endswith("bias"):
-                    nn.init.constant_(parameter, bias)
-                else:
-                    nn.init.normal_(parameter, std=0.01)
+    @property
+    def class_layers(self) -> list[str]:
+        """Names of the convolutions whose output channels are (anchor of the cell, class slot)."""
+        return [
+            f"class_predictors.{level}.{_last_layer(predictor)}".rstrip(".")
+            for level, predictor in enumerate(self.class_predictors)
+        ]
 
     def forward(self, images: Tensor) -> RawPredictions:
         """images (B, 3, S, S), normalised -> deltas (B, A, 4), logits (B, A, 1 + K)."""
@@ -74,9 +91,15 @@ class SSD(nn.Module):
                 f"got {images.shape[-2]} x {images.shape[-1]}"
             )
         levels = self.extract_levels(images)
-        deltas = _predict(self.box_predictors, levels, 4)
-        logits = _predict(self.class_predictors, levels, 1 + self.num_classes)
-        return RawPredictions(deltas, logits, self.anchors)
+        deltas = [predict(x) for predict, x in zip(self.box_predictors, levels, strict=True)]
+        logits = [predict(x) for predict, x in zip(self.class_predictors, levels, strict=True)]
+        return RawPredictions(
+            join_levels(deltas, 4),
+            join_levels(logits, 1 + self.num_classes),
+            self.anchors,
+            num_background=self.num_background,
+            level_sizes=self.level_sizes,
+        )
 
     def extract_levels(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, S, S) -> the feature map of each level, finest first."""
@@ -85,21 +108,76 @@ class SSD(nn.Module):
             levels.append(extra(levels[-1]))
         return levels
 
-    @torch.no_grad()
-    def _trace_grids(self) -> list[tuple[int, int]]:
-        training = self.training
-        levels = self.eval().extract_levels(torch.zeros(1, 3, self.input_size, self.input_size))
-        self.train(training)
-        return [(level.shape[-2], level.shape[-1]) for level in levels]
+
+def make_extras(
+    in_channels: int,
+    *,
+    depths: Sequence[int] = (512, 256, 256, 128),
+    width: float = 1.0,
+    num_experts: int = 1,
+    separable: bool = False,
+    norm_momentum: float = 0.03,
+) -> list[nn.Module]:
+    """Extra feature layers, each a 1 x 1 convolution to half its depth and a 3 x 3 of stride 2.
+
+    Args:
+        in_channels: of the backbone's last map.
+        depths: channels of each.
+        width: multiplies them.
+        num_experts: 1 builds static layers.
+        separable: the 3 x 3 convolution is depthwise, and a 1 x 1 follows (SSDLite, Sandler et
+            al., 2018).
+        norm_momentum: weight of a batch in batch norm's running statistics.
+    """
+
+    def layer(in_channels: int, out_channels: int, kernel_size: int, **options: int) -> ConvNormAct:
+        return ConvNormAct(
+            in_channels,
+            out_channels,
+            kernel_size,
+            num_experts=num_experts,
+            norm_momentum=norm_momentum,
+            **options,
+        )
+
+    extras = []
+    for depth in depths:
+        out_channels, reduced = scale_channels(depth, width), scale_channels(depth // 2, width)
+        layers: dict[str, nn.Module] = {"reduce": layer(in_channels, reduced, 1)}
+        if separable:
+            layers["depthwise"] = layer(reduced, reduced, 3, stride=2, groups=reduced)
+            layers["expand"] = layer(reduced, out_channels, 1)
+        else:
+            layers["expand"] = layer(reduced, out_channels, 3, stride=2)
+        extras.append(RoutedBlock(layers, in_channels=in_channels, num_experts=num_experts))
+        in_channels = out_channels
+    return extras
 
 
-def _predict(predictors: nn.ModuleList, levels: list[Tensor], size: int) -> Tensor:
-    """Join the predictions of all levels: (B, A, size), ordered like the anchors."""
-    outputs = (
-        predictor(level).permute(0, 2, 3, 1).reshape(level.shape[0], -1, size)
-        for predictor, level in zip(predictors, levels, strict=True)
-    )
-    return torch.cat(list(outputs), dim=1)
+def make_predictor(
+    in_channels: int, out_channels: int, *, num_experts: int = 1, separable: bool = False
+) -> nn.Module:
+    """A 1 x 1 convolution with a bias; conditional, it routes by its own input.
+
+    Args:
+        num_experts: 1 builds a static one.
+        separable: a depthwise 3 x 3 convolution, batch norm and ReLU6 come first (SSDLite), and
+            share the routing.
+    """
+    if separable:
+        depthwise = ConvNormAct(
+            in_channels, in_channels, 3, groups=in_channels, num_experts=num_experts
+        )
+        predict = make_conv(in_channels, out_channels, 1, num_experts=num_experts)
+        layers: dict[str, nn.Module] = {"depthwise": depthwise, "predict": predict}
+        return RoutedBlock(layers, in_channels=in_channels, num_experts=num_experts)
+    if num_experts > 1:
+        return RoutedCondConv2d(in_channels, out_channels, 1, num_experts=num_experts)
+    return nn.Conv2d(in_channels, out_channels, 1)
+
+
+def _last_layer(predictor: nn.Module) -> str:
+    return "layers.predict" if isinstance(predictor, RoutedBlock) else ""
 
 
 def ssd_mobilenet_v1(
@@ -120,41 +198,20 @@ def ssd_mobilenet_v1(
         width: multiplies the channels of the backbone and of the extra layers.
         num_experts: experts a conditional layer; 1 builds the static network.
         input_size: side of the square input in pixels.
-        min_scale: side of the anchors of the first level, relative to the input.
-        max_scale: of the last level.
-        reduce_boxes_in_lowest_layer: three anchors a cell on the first level instead of six.
+        min_scale: as in `SSD`.
+        max_scale: as in `SSD`.
+        reduce_boxes_in_lowest_layer: as in `SSD`.
         norm_momentum: weight of a batch in batch norm's running statistics.
     """
-    backbone = MobileNetV1(width=width, num_experts=num_experts, norm_momentum=norm_momentum)
-    channels = list(backbone.feature_channels)
-    extras = []
-    for depth in (512, 256, 256, 128):
-        in_channels, out_channels = channels[-1], scale_channels(depth, width)
-        reduced = scale_channels(depth // 2, width)
-        reduce = ConvNormAct(
-            in_channels, reduced, 1, num_experts=num_experts, norm_momentum=norm_momentum
-        )
-        expand = ConvNormAct(
-            reduced, out_channels, 3, stride=2, num_experts=num_experts, norm_momentum=norm_momentum
-        )
-        extras.append(
-            RoutedBlock(
-                {"reduce": reduce, "expand": expand},
-                in_channels=in_channels,
-                num_experts=num_experts,
-            )
-        )
-        channels.append(out_channels)
     return SSD(
-        backbone=backbone,
-        extras=extras,
-        channels=channels,
-        anchor_sizes=ssd_anchor_sizes(
-            len(channels),
-            min_scale=min_scale,
-            max_scale=max_scale,
-            reduce_boxes_in_lowest_layer=reduce_boxes_in_lowest_layer,
+        backbone=MobileNetV1(width=width, num_experts=num_experts, norm_momentum=norm_momentum),
+        extras=partial(
+            make_extras, width=width, num_experts=num_experts, norm_momentum=norm_momentum
         ),
+        head=make_predictor,
         num_classes=num_classes,
         input_size=input_size,
+        min_scale=min_scale,
+        max_scale=max_scale,
+        reduce_boxes_in_lowest_layer=reduce_boxes_in_lowest_layer,
     )

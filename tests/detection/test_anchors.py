@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
 
-from detection.anchors import grid_anchors, ssd_anchor_sizes
+from detection.anchors import grid_anchors, retinanet_anchor_sizes, ssd_anchor_sizes
 
 SCALES = [0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.0]
 
@@ -68,3 +70,26 @@ def test_ssd300_has_1917_anchors() -> None:
 def test_level_counts_must_agree() -> None:
     with pytest.raises(ValueError, match="argument"):
         grid_anchors([[(1.0, 1.0)]], [(1, 1), (2, 2)], 100)
+
+
+def test_retinanet_sizes() -> None:
+    sizes = retinanet_anchor_sizes([8, 128], input_size=256)
+    for stride, level in zip([8, 128], sizes, strict=True):
+        assert len(level) == 9
+        for place, (width, height) in enumerate(level):
+            ratio, octave = (0.5, 1.0, 2.0)[place // 3], place % 3 / 3
+            assert height / width == pytest.approx(ratio)
+            assert math.sqrt(width * height) * 256 == pytest.approx(4 * stride * 2**octave)
+
+
+@pytest.mark.parametrize("input_size", [128, 200, 320, 333, 800])
+def test_anchors_equal_torchvisions(input_size: int) -> None:
+    """At input sizes that strides do not divide too."""
+    strides = [8, 16, 32, 64, 128]
+    grids = [(-(-input_size // stride),) * 2 for stride in strides]
+    octaves = [tuple(int(4 * stride * 2 ** (k / 3)) for k in range(3)) for stride in strides]
+    generator = AnchorGenerator(tuple(octaves), ((0.5, 1.0, 2.0),) * 5)
+    images = ImageList(torch.zeros(1, 3, input_size, input_size), [(input_size, input_size)])
+    (expected,) = generator(images, [torch.zeros(1, 1, *grid) for grid in grids])
+    sizes = retinanet_anchor_sizes(strides, input_size=input_size, whole_pixels=True)
+    assert grid_anchors(sizes, grids, input_size, centered=False).equal(expected)

@@ -24,7 +24,7 @@ def options(group: str) -> list[str]:
 @pytest.mark.parametrize("experiment", [None, *options("experiment")])
 @pytest.mark.parametrize(
     ("model", "data"),
-    list(itertools.product(options("model"), [o for o in options("data") if "/" not in o])),
+    list(itertools.product(*([o for o in options(g) if "/" not in o] for g in ("model", "data")))),
 )
 def test_every_combination_composes(
     compose_config: Callable[..., Any], model: str, data: str, experiment: str | None

@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torchvision.ops import generalized_box_iou
 from torchvision.ops import sigmoid_focal_loss as torchvision_focal_loss
 
-from detection.boxes import encode_boxes
-from detection.losses import SSDCriterion, assign_codes, assign_slots, sigmoid_focal_loss
+from detection.boxes import decode_boxes, encode_boxes
+from detection.losses import FocalCriterion, focal_loss, gather_matches
 from detection.matching import match_anchors
 from detection.structures import RawPredictions, Targets
 
@@ -51,22 +52,24 @@ def select(
 def test_focal_loss_equals_torchvision(alpha: float, gamma: float) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 7, generator=generator) * 10
-    targets = torch.randint(0, 2, (5, 7), generator=generator).float()
-    loss = sigmoid_focal_loss(logits, targets, alpha=alpha, gamma=gamma)
-    expected = torchvision_focal_loss(logits, targets, alpha=alpha, gamma=gamma)
-    torch.testing.assert_close(loss, expected)
+    for target, loss in (
+        (0.0, (1 - alpha) * focal_loss(logits, gamma=gamma)),
+        (1.0, alpha * focal_loss(-logits, gamma=gamma)),
+    ):
+        targets = torch.full_like(logits, target)
+        expected = torchvision_focal_loss(logits, targets, alpha=alpha, gamma=gamma)
+        torch.testing.assert_close(loss, expected)
 
 
 def test_focal_loss_of_extreme_logits_is_finite() -> None:
-    logits = torch.tensor([-1e4, 1e4, -1e4, 1e4], requires_grad=True)
-    targets = torch.tensor([0.0, 0.0, 1.0, 1.0])
-    sigmoid_focal_loss(logits, targets, alpha=0.75, gamma=2.0).sum().backward()
+    logits = torch.tensor([-1e4, -100.0, 100.0, 1e4], requires_grad=True)
+    focal_loss(logits, gamma=2.0).sum().backward()
     assert logits.grad.isfinite().all()
 
 
 def test_criterion_equals_plain_loops() -> None:
     predictions, targets = make_batch()
-    losses = SSDCriterion()(predictions, targets)
+    losses = FocalCriterion()(predictions, targets)
     match = match_anchors(predictions.anchors, targets)
     classification = localization = 0.0
     for image, row in enumerate(match.tolist()):
@@ -96,9 +99,10 @@ def test_criterion_equals_plain_loops() -> None:
 def test_sums_of_parts_add_up() -> None:
     """What gradient accumulation and several processes rely on."""
     predictions, targets = make_batch(num_images=4)
-    whole = SSDCriterion()(predictions, targets)
+    whole = FocalCriterion()(predictions, targets)
     parts = [
-        SSDCriterion()(*select(predictions, targets, slice(start, start + 1))) for start in range(4)
+        FocalCriterion()(*select(predictions, targets, slice(start, start + 1)))
+        for start in range(4)
     ]
     torch.testing.assert_close(sum(part.total for part in parts), whole.total)
     assert sum(part.num_matches for part in parts) == whole.num_matches
@@ -106,21 +110,23 @@ def test_sums_of_parts_add_up() -> None:
 
 def test_weights() -> None:
     predictions, targets = make_batch()
-    plain = SSDCriterion()(predictions, targets)
-    weighted = SSDCriterion(classification_weight=2, localization_weight=0.5)(predictions, targets)
+    plain = FocalCriterion()(predictions, targets)
+    weighted = FocalCriterion(classification_weight=2, localization_weight=0.5)(
+        predictions, targets
+    )
     assert weighted.sums["classification"] == 2 * plain.sums["classification"]
     assert weighted.sums["localization"] == plain.sums["localization"] / 2
 
 
 def test_options_reach_the_losses() -> None:
     predictions, targets = make_batch()
-    plain = SSDCriterion()(predictions, targets)
-    assert SSDCriterion(match_threshold=0.2)(predictions, targets).num_matches > plain.num_matches
+    plain = FocalCriterion()(predictions, targets)
+    assert FocalCriterion(match_threshold=0.2)(predictions, targets).num_matches > plain.num_matches
     for option in ({"alpha": 0.5}, {"gamma": 1.0}):
-        changed = SSDCriterion(**option)(predictions, targets)
+        changed = FocalCriterion(**option)(predictions, targets)
         assert changed.sums["classification"] != plain.sums["classification"]
         assert changed.sums["localization"] == plain.sums["localization"]
-    changed = SSDCriterion(beta=0.5)(predictions, targets)
+    changed = FocalCriterion(beta=0.5)(predictions, targets)
     assert changed.sums["classification"] == plain.sums["classification"]
     assert changed.sums["localization"] > plain.sums["localization"]
 
@@ -136,7 +142,7 @@ def test_no_ground_truth(num_boxes: int) -> None:
         torch.zeros(3, num_boxes, dtype=torch.int64),
         torch.zeros(3, num_boxes, dtype=torch.bool),
     )
-    losses = SSDCriterion()(predictions, targets)
+    losses = FocalCriterion()(predictions, targets)
     losses.total.backward()
     assert losses.num_matches == 0
     assert losses.sums["localization"] == 0
@@ -152,7 +158,9 @@ def test_padding_changes_nothing() -> None:
     padded = Targets(
         *(torch.cat([field, torch.zeros_like(field[:, :2])], dim=1) for field in targets)
     )
-    assert SSDCriterion()(predictions, padded).total == SSDCriterion()(predictions, targets).total
+    assert (
+        FocalCriterion()(predictions, padded).total == FocalCriterion()(predictions, targets).total
+    )
 
 
 def test_half_precision_predictions_give_float32_losses() -> None:
@@ -160,29 +168,89 @@ def test_half_precision_predictions_give_float32_losses() -> None:
     halved = predictions._replace(
         deltas=predictions.deltas.bfloat16(), logits=predictions.logits.bfloat16()
     )
-    losses = SSDCriterion()(halved, targets)
+    losses = FocalCriterion()(halved, targets)
     assert {loss.dtype for loss in losses.sums.values()} == {torch.float32}
-    expected = SSDCriterion()(
+    expected = FocalCriterion()(
         halved._replace(deltas=halved.deltas.float(), logits=halved.logits.float()), targets
     )
     assert losses.total == expected.total
 
 
-def test_slots() -> None:
-    targets = Targets(
-        torch.zeros(2, 2, 4), torch.tensor([[2, 0], [1, 0]]), torch.ones(2, 2, dtype=torch.bool)
-    )
-    match = torch.tensor([[-1, 0, 1], [0, -1, 0]])
-    assert assign_slots(match, targets).tolist() == [[0, 3, 1], [2, 0, 2]]
-
-
-def test_codes() -> None:
+def test_gathered_matches() -> None:
     predictions, targets = make_batch()
-    anchors = predictions.anchors
-    match = match_anchors(anchors, targets)
-    codes = assign_codes(match, targets, anchors)
-    assert codes[match < 0].eq(0).all()
-    for image, anchor in (match >= 0).nonzero().tolist():
-        box = targets.boxes[image, match[image, anchor]]
-        expected = encode_boxes(box[None], anchors[anchor][None])[0]
-        torch.testing.assert_close(codes[image, anchor], expected)
+    match = match_anchors(predictions.anchors, targets)
+    match[0, :5] = -2
+    matches = gather_matches(match, targets)
+    expected = [
+        (image, anchor, targets.labels[image, truth].item(), targets.boxes[image, truth].tolist())
+        for image, row in enumerate(match.tolist())
+        for anchor, truth in enumerate(row)
+        if truth >= 0
+    ]
+    found = zip(*(field.tolist() for field in matches), strict=True)
+    assert list(found) == expected and expected
+
+
+def test_without_a_background_slot() -> None:
+    """The same classes without the background's logit: only its own loss is gone."""
+    predictions, targets = make_batch()
+    bare = predictions._replace(logits=predictions.logits[..., 1:], num_background=0)
+    losses, expected = FocalCriterion()(bare, targets), FocalCriterion()(predictions, targets)
+    background = focal_loss(predictions.logits[..., 0], gamma=2.0).sum() * 0.25
+    torch.testing.assert_close(
+        losses.sums["classification"], expected.sums["classification"] - background
+    )
+    assert losses.sums["localization"] == expected.sums["localization"]
+
+
+def test_ignored_anchors_have_no_class_loss() -> None:
+    predictions, targets = make_batch()
+    options = {"match_threshold": 0.5, "background_threshold": 0.2}
+    match = match_anchors(predictions.anchors, targets, threshold=0.5, background_threshold=0.2)
+    ignored = match == -2
+    assert ignored.sum() > 5
+    losses = FocalCriterion(**options)(predictions, targets)
+    blind = predictions.logits.masked_fill(ignored[..., None], -100.0)  # no loss as background
+    expected = FocalCriterion()(predictions._replace(logits=blind), targets)
+    torch.testing.assert_close(losses.sums["classification"], expected.sums["classification"])
+    assert losses.sums["localization"] == expected.sums["localization"]
+
+
+def test_giou_loss() -> None:
+    predictions, targets = make_batch()
+    predictions = predictions._replace(code_weights=(1.0, 1.0, 2.0, 2.0))
+    matches = gather_matches(match_anchors(predictions.anchors, targets), targets)
+    deltas = predictions.deltas[matches.images, matches.anchors]
+    boxes = decode_boxes(deltas, predictions.anchors[matches.anchors], (1.0, 1.0, 2.0, 2.0))
+    expected = (1 - generalized_box_iou(boxes, matches.boxes).diagonal()).sum()
+    losses = FocalCriterion(box_loss="giou")(predictions, targets)
+    torch.testing.assert_close(losses.sums["localization"], expected)
+
+
+def test_code_weights_reach_the_codes() -> None:
+    predictions, targets = make_batch()
+    perfect = encode_boxes(
+        targets.boxes[2, :1].expand(50, -1), predictions.anchors, (3.0, 3.0, 3.0, 3.0)
+    )
+    one_box = Targets(*(field[2:, :1] for field in targets))
+    predictions = predictions._replace(deltas=perfect[None], logits=predictions.logits[2:])
+    right = predictions._replace(code_weights=(3.0, 3.0, 3.0, 3.0))
+    assert FocalCriterion()(right, one_box).sums["localization"] < 1e-6
+    assert FocalCriterion()(predictions, one_box).sums["localization"] > 0.1
+
+
+def test_division_by_the_matches_of_each_image() -> None:
+    predictions, targets = make_batch()
+    whole = FocalCriterion(per_image=True)(predictions, targets)
+    assert whole.num_matches == 3
+    sums = {"classification": 0.0, "localization": 0.0}
+    for image in range(3):
+        losses = FocalCriterion()(*select(predictions, targets, slice(image, image + 1)))
+        for name, value in losses.sums.items():
+            sums[name] += value.item() / max(losses.num_matches.item(), 1)
+    assert {name: value.item() for name, value in whole.sums.items()} == pytest.approx(sums)
+
+
+def test_unknown_box_loss() -> None:
+    with pytest.raises(ValueError, match="box_loss"):
+        FocalCriterion(box_loss="l2")  # pyright: ignore[reportArgumentType]

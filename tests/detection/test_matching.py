@@ -121,3 +121,51 @@ def test_threshold() -> None:
     boxes, anchors = [[0, 0, 4, 4]], [[0, 0, 4, 4], [0, 0, 4, 3]]
     assert single(boxes, anchors, threshold=0.75) == [0, 0]
     assert single(boxes, anchors, threshold=0.76) == [0, -1]
+
+
+def match_ties_plainly(
+    anchors: Tensor, boxes: Tensor, threshold: Fraction, background: Fraction
+) -> list[int]:
+    """torchvision's Matcher with allow_low_quality_matches, written out."""
+    iou = [[exact_iou(box, anchor) for anchor in anchors.tolist()] for box in boxes.tolist()]
+    best_of_truth = [max(row) for row in iou]
+    match = []
+    for anchor in range(len(anchors)):
+        column = [row[anchor] for row in iou]
+        best = max(column, default=Fraction(-1))
+        is_best = any(value == most > 0 for value, most in zip(column, best_of_truth, strict=True))
+        if best >= threshold or is_best:
+            match.append(column.index(best))
+        else:
+            match.append(-2 if best >= background else -1)
+    return match
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ties_and_ignored_anchors_equal_a_plain_matcher(seed: int) -> None:
+    anchors = make_boxes(40, seed=seed)
+    targets = make_targets(4, 6, seed=100 + seed)
+    match = match_anchors(anchors, targets, background_threshold=0.25, keep_ties=True)
+    for i in range(4):
+        boxes = targets.boxes[i, targets.valid[i]]
+        expected = match_ties_plainly(anchors, boxes, Fraction(1, 2), Fraction(1, 4))
+        assert match[i].tolist() == expected
+    assert {-2, -1} < set(match.flatten().tolist())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ignored_anchors_may_still_be_forced(seed: int) -> None:
+    """The matches are those of before; only background turns into ignored, where it is near."""
+    anchors, targets = make_boxes(40, seed=seed), make_targets(4, 6, seed=seed)
+    plain = match_anchors(anchors, targets)
+    match = match_anchors(anchors, targets, background_threshold=0.25)
+    assert match[plain >= 0].equal(plain[plain >= 0])
+    near = match_anchors(anchors, targets, threshold=0.25) >= 0
+    assert (match == -2).equal(near & (plain < 0))
+
+
+def test_keep_ties_keeps_them() -> None:
+    """Two anchors that overlap a box alike, below the threshold; a box that touches no anchor."""
+    boxes, anchors = [[0, 0, 10, 10], [50, 50, 60, 60]], [[0, 0, 10, 4], [0, 6, 10, 10]]
+    assert single(boxes[:1], anchors) == [0, -1]
+    assert single(boxes, anchors, keep_ties=True) == [0, 0]

@@ -13,12 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from detection.boxes import pairwise_iou
+from detection.boxes import encode_boxes, pairwise_iou
 from detection.importers.tensorflow import load_tensorflow_ssd, read_variables
-from detection.losses import SSDCriterion, assign_codes, assign_slots
+from detection.losses import FocalCriterion, gather_matches
 from detection.matching import match_anchors
 from detection.models.ssd import ssd_mobilenet_v1
 from detection.postprocess import Postprocess
@@ -100,14 +99,17 @@ def test_targets(golden: Golden) -> None:
     match = match_anchors(golden.anchors, golden.targets)
     assert match.equal(golden.arrays["match"].long())
 
-    expected_slots = golden.arrays["cls_targets"]
-    slots = F.one_hot(assign_slots(match, golden.targets), expected_slots.shape[-1])
-    slots[..., 0] = 0
-    assert slots.equal(expected_slots.long())
+    matches = gather_matches(match, golden.targets)
+    slots = torch.zeros_like(golden.arrays["cls_targets"])
+    slots[matches.images, matches.anchors, 1 + matches.labels] = 1
+    assert slots.equal(golden.arrays["cls_targets"])
     assert golden.arrays["cls_weights"].eq(1).all(), "every anchor counts, as in our criterion"
 
     assert (match >= 0).equal(golden.arrays["reg_weights"].bool())
-    codes = assign_codes(match, golden.targets, golden.anchors)
+    codes = torch.zeros_like(golden.arrays["reg_targets"])
+    codes[matches.images, matches.anchors] = encode_boxes(
+        matches.boxes, golden.anchors[matches.anchors]
+    )
     expected_codes = golden.arrays["reg_targets"][..., YXYX_TO_XYXY]
     torch.testing.assert_close(codes, expected_codes, rtol=1e-5, atol=1e-5)
 
@@ -127,7 +129,7 @@ def test_targets_in_pixels(golden: Golden) -> None:
 @pytest.mark.parametrize("name", ["localization", "classification"])
 def test_losses(golden: Golden, name: str) -> None:
     predictions = golden.predictions._replace(anchors=golden.anchors)
-    losses = SSDCriterion()(predictions, golden.targets)
+    losses = FocalCriterion()(predictions, golden.targets)
     loss = losses.sums[name] / losses.num_matches.clamp(min=1)
     torch.testing.assert_close(loss, golden.arrays[f"loss/{name}_loss"], rtol=1e-4, atol=0)
 

@@ -158,6 +158,12 @@ def test_a_box_outside_still_suppresses() -> None:
     assert not Postprocess()(one_image(boxes, [[2], [1]]), SIZE).valid.any()
 
 
+def test_boxes_outside_take_no_place() -> None:
+    outside = [[-10 * i - 10, 0, -10 * i - 5, 5] for i in range(200)]
+    predictions = one_image([*outside, [0, 0, 5, 5]], [*[[2]] * 200, [1]])
+    assert Postprocess(max_detections=100)(predictions, SIZE).valid.sum() == 1
+
+
 def test_images_do_not_suppress_each_other() -> None:
     predictions = one_image([[0, 0, 10, 10]], [[2]])
     twice = RawPredictions(
@@ -214,3 +220,70 @@ def test_no_gradient() -> None:
     predictions.logits.requires_grad_()
     scores: Tensor = Postprocess()(predictions, SIZE).scores
     assert not scores.requires_grad
+
+
+@pytest.mark.parametrize("num_background", [0, 2])
+def test_background_slots_are_no_classes(num_background: int) -> None:
+    predictions = one_image([[0, 0, 10, 10], [50, 50, 70, 90]], [[-9, 1], [2, -9]])
+    logits = predictions.logits[..., 1:]
+    background = logits.new_full((*logits.shape[:2], num_background), 9.0)
+    other = predictions._replace(
+        logits=torch.cat([background, logits], dim=-1), num_background=num_background
+    )
+    for ours, expected in zip(
+        Postprocess()(other, SIZE), Postprocess()(predictions, SIZE), strict=True
+    ):
+        assert ours.equal(expected)
+
+
+def test_codes_have_the_weights_of_the_network() -> None:
+    predictions = make_predictions()
+    deltas = predictions.deltas * torch.tensor([0.1, 0.1, 0.2, 0.2])
+    other = predictions._replace(deltas=deltas, code_weights=(1.0, 1.0, 1.0, 1.0))
+    assert_same(unpack(Postprocess()(other, SIZE)), unpack(Postprocess()(predictions, SIZE)))
+
+
+def test_candidates_of_each_level() -> None:
+    """The best k of a level come in, however good those of another are."""
+    boxes = [[10 * i, 0, 10 * i + 9, 9] for i in range(6)]
+    predictions = one_image(boxes, [[5], [4], [3], [-1], [-2], [-3]])
+    predictions = predictions._replace(level_sizes=(3, 3))
+    for per_level, scores in ((True, [5, 4, -1, -2]), (False, [5, 4])):
+        detections = Postprocess(num_candidates=2, per_level=per_level)(predictions, SIZE)
+        expected = torch.tensor([scores]).float().sigmoid()
+        torch.testing.assert_close(detections.scores, expected)
+        places = [[5, 4, 3, -1, -2, -3].index(score) for score in scores]
+        assert detections.boxes[0].tolist() == [boxes[place] for place in places]
+
+
+def test_a_level_suppresses_what_another_one_has() -> None:
+    predictions = one_image([[0, 0, 10, 10], [0, 0, 10, 9]], [[1], [2]])
+    predictions = predictions._replace(level_sizes=(1, 1))
+    detections = Postprocess(per_level=True)(predictions, SIZE)
+    assert detections.boxes[0].tolist() == [[0, 0, 10, 9], [0, 0, 0, 0]]
+
+
+def test_a_long_chain() -> None:
+    """Each box overlaps the next, so every other one survives, over several blocks of ranks."""
+    boxes = [[i, 0, i + 4, 10] for i in range(300)]
+    predictions = one_image(boxes, [[9 - 0.01 * i] for i in range(300)])
+    detections = Postprocess(iou_threshold=0.5, max_detections=200)(predictions, 400)
+    kept = detections.boxes[0][detections.valid[0]]
+    assert kept.tolist() == boxes[::2]
+
+
+def test_clip_first() -> None:
+    """Clipped they are equal."""
+    predictions = one_image([[0, 0, 900, 10], [0, 0, 100, 10]], [[2], [1]])
+    assert Postprocess()(predictions, SIZE).valid.sum() == 2
+    assert Postprocess(clip_first=True)(predictions, SIZE).valid.sum() == 1
+
+
+def test_more_candidates_than_anchors_have_the_best_class() -> None:
+    """An anchor may be several candidates, and the worst class of a good one beats a poor one."""
+    predictions = one_image(
+        [[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]], [[5, 4], [3, -9], [-5, -6]]
+    )
+    detections = Postprocess(num_candidates=3)(predictions, SIZE)
+    assert detections.labels[0].tolist() == [0, 1, 0]
+    torch.testing.assert_close(detections.scores[0], torch.tensor([5.0, 4.0, 3.0]).sigmoid())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from detection.preprocess import Preprocess
+from detection.preprocess import Letterbox, Preprocess
 
 
 def make_boxes(boxes: list, height: int, width: int) -> tv_tensors.BoundingBoxes:
@@ -77,3 +77,77 @@ def test_three_channels(argument: str) -> None:
 def test_nothing_to_save() -> None:
     """Mean and deviation come from the config, so that weights fit whatever they are."""
     assert not Preprocess(input_size=8).state_dict()
+
+
+SIZES = [(20, 40), (600, 300), (37, 37), (1, 500), (333, 7), (480, 640), (641, 639)]
+
+
+def make_gradient(height: int, width: int) -> tv_tensors.Image:
+    """Each pixel's colour tells where it is."""
+    y = torch.linspace(0, 255, height)[:, None].expand(height, width)
+    x = torch.linspace(0, 255, width).expand(height, width)
+    return tv_tensors.Image(torch.stack([y, x, torch.full_like(x, 255)]).byte())
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("centered", [False, True])
+def test_letterbox_keeps_the_aspect(size: tuple[int, int], centered: bool) -> None:
+    height, width = size
+    letterbox = Letterbox(input_size=64, mean=[10.2, 20, 30], centered=centered)
+    image, boxes = letterbox.resize(
+        make_gradient(height, width), make_boxes([[0, 0, width, height]], height, width)
+    )
+    assert image.shape == (3, 64, 64) and image.dtype == torch.uint8
+    left, top, right, bottom = (int(side) for side in boxes[0])
+    assert boxes[0].tolist() == [left, top, right, bottom], "an image ends with a pixel"
+    scale = 64 / max(size)
+    assert right - left == pytest.approx(max(width * scale, 1), abs=0.5)
+    assert bottom - top == pytest.approx(max(height * scale, 1), abs=0.5)
+    padding = torch.ones(64, 64, dtype=torch.bool)
+    padding[top:bottom, left:right] = False
+    assert image[2].eq(255).equal(~padding)
+    assert image[:, padding].T.tolist() == [[10, 20, 30]] * int(padding.sum())
+    if centered:
+        assert abs(left - (64 - right)) <= 1 and abs(top - (64 - bottom)) <= 1
+    else:
+        assert (left, top) == (0, 0)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_letterbox_restores_exactly(centered: bool) -> None:
+    letterbox = Letterbox(input_size=300, centered=centered)
+    originals = torch.rand(len(SIZES), 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    sizes = torch.tensor(SIZES)
+    originals = (originals.sort(dim=2)[0] * sizes.flip(1)[:, None, None]).flatten(2)
+    resized = torch.stack(
+        [
+            letterbox.resize(make_gradient(*size), make_boxes(boxes.tolist(), *size))[1]
+            for boxes, size in zip(originals, SIZES, strict=True)
+        ]
+    )
+    torch.testing.assert_close(letterbox.restore(resized, sizes), originals, rtol=1e-5, atol=1e-3)
+
+
+def test_what_lies_in_the_padding_is_cut_off() -> None:
+    boxes = torch.tensor([[[-5.0, 10.0, 90.0, 80.0]]])
+    restored = Letterbox(input_size=100).restore(boxes, torch.tensor([[100, 200]]))
+    assert restored.tolist() == [[[0, 20, 180, 100]]]
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_letterbox_moves_boxes_with_the_picture(centered: bool) -> None:
+    image = tv_tensors.Image(torch.zeros(3, 60, 120, dtype=torch.uint8))
+    image[:, 20:40, 30:90] = 255
+    boxes = make_boxes([[30, 20, 90, 40]], 60, 120)
+    image, boxes = Letterbox(input_size=240, mean=0, centered=centered).resize(image, boxes)
+    rows, columns = (image[0] > 128).nonzero(as_tuple=True)
+    found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    assert boxes[0].tolist() == [side.item() for side in found]
+
+
+def test_letterbox_without_boxes() -> None:
+    image, boxes = Letterbox(input_size=8).resize(make_gradient(7, 5), make_boxes([], 7, 5))
+    assert image.shape == (3, 8, 8) and boxes.shape == (0, 4)
+    assert (
+        Letterbox(input_size=8).restore(torch.zeros(1, 0, 4), torch.tensor([[7, 5]])).numel() == 0
+    )

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from benchmarks.model_table import MODELS, make_table
+from detection.cli import config_dir
+
+PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+# The others take seconds each.
+SMALL = ("ssdlite320_mobilenet_v1 model.width=0.5", "fpnlite model.num_experts=1")
+
+
+def test_the_page_has_the_scripts_table():
+    table = PAGE[PAGE.index("| overrides |") :]
+    shown = re.findall(r"^\| `(.+?)`", table, flags=re.MULTILINE)
+    assert shown == list(MODELS)
+    small = [overrides for overrides in MODELS if overrides.endswith(SMALL)]
+    assert len(small) == len(SMALL)
+    for line in make_table(small).splitlines():
+        assert line in table.splitlines()
+
+
+def test_every_shipped_model_is_shown():
+    for path in (config_dir() / "model").glob("*.yaml"):
+        assert any(overrides.startswith(f"model={path.stem}") for overrides in MODELS)
+    for path in (config_dir() / "model" / "backbone").glob("*.yaml"):
+        shown = [o for o in MODELS if f"model/backbone={path.stem}" in o.split()]
+        default = path.stem in ("mobilenet_v1", "resnet50")
+        assert shown or default

@@ -1,0 +1,129 @@
+"""What every shipped model does, whatever it is: small ones of each config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from condconv import CondConv2d
+from detection.build import ModelParts, build_model
+from detection.checkpoint import save_checkpoint
+from detection.cli import config_dir, plain
+from detection.detector import Detector
+from detection.structures import Category, ImageDetections, Targets
+
+MODELS = sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
+BACKBONES = sorted(path.stem for path in (config_dir() / "model" / "backbone").glob("*.yaml"))
+CATEGORIES = [Category(1, "a"), Category(2, "b"), Category(5, "c")]
+SIZE = 64
+# What keeps a model small, where it has the key.
+SMALL = {
+    "model.input_size": SIZE,
+    "model.width": 0.25,
+    "model.pyramid.channels": 64,
+    "model.head.num_convs": 1,
+    "model.postprocess.score_threshold": 1e-8,
+}
+SMALL_BACKBONES = {"resnet50": "resnet18", "timm": "mobilenetv3_small_050"}
+
+
+def compose_model(
+    compose_config: Callable[..., Any], *choices: str, backbone: str | None = None
+) -> Any:
+    name = SMALL_BACKBONES.get(backbone or "")
+    overrides = [*choices, *([f"model.backbone.name={name}"] if name else [])]
+    config = compose_config("train", overrides)
+    small = [f"{key}={value}" for key, value in SMALL.items() if _has(config, key)]
+    return plain(compose_config("train", [*overrides, *small]))["model"]
+
+
+def _has(config: Any, key: str) -> bool:
+    for word in key.split("."):
+        if word not in config:
+            return False
+        config = config[word]
+    return True
+
+
+def calibrate(network: nn.Module) -> None:
+    """Batch statistics of some images: features of a new network are next to nothing."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    network.train()
+    with torch.no_grad():
+        network(torch.randn(8, 3, SIZE, SIZE))
+
+
+def check_training(parts: ModelParts) -> None:
+    """Every trainable parameter has a gradient."""
+    targets = Targets(
+        torch.tensor([[[5.0, 5.0, 60.0, 50.0], [0.0, 8.0, 12.0, 20.0]], [[0.0] * 4] * 2]),
+        torch.tensor([[1, 2], [0, 0]]),
+        torch.tensor([[True, True], [False, False]]),
+    )
+    parts.network.train()
+    images = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    losses = parts.criterion(parts.network(parts.preprocess(images)), targets)
+    assert losses.num_matches > 0
+    assert all(loss > 0 and loss.isfinite() for loss in losses.sums.values())
+    losses.total.backward()
+    for name, parameter in parts.network.named_parameters():
+        assert not parameter.requires_grad or parameter.grad is not None, name
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+
+
+def assert_same(ours: ImageDetections, expected: ImageDetections, tolerance: float) -> None:
+    assert len(ours.scores) == len(expected.scores) > 0
+    for field, expected_field in zip(ours, expected, strict=True):
+        torch.testing.assert_close(field, expected_field, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("num_experts", [1, 2])
+@pytest.mark.parametrize("model", MODELS)
+def test_model(
+    compose_config: Callable[..., Any], tmp_path: Path, model: str, num_experts: int
+) -> None:
+    choices = (f"model={model}", f"model.num_experts={num_experts}")
+    backbone = "resnet50" if model == "retinanet" else None
+    config = compose_model(compose_config, *choices, backbone=backbone)
+    torch.manual_seed(0)
+    parts = build_model(config, len(CATEGORIES))
+    assert any(isinstance(m, CondConv2d) for m in parts.network.modules()) == (num_experts > 1)
+    check_training(parts)
+
+    calibrate(parts.network)
+    detector = Detector(parts, CATEGORIES)
+    pictures = [np.random.default_rng(i).integers(0, 256, shape, dtype=np.uint8)
+                for i, shape in enumerate([(50, 90, 3), (80, 40, 3), (64, 64, 3)])]  # fmt: skip
+    together = detector.predict(pictures)
+    for picture, found in zip(pictures, together, strict=True):
+        height, width, _ = picture.shape
+        assert (found.boxes >= 0).all() and (found.boxes <= torch.tensor([width, height] * 2)).all()
+        # A detection does not depend on which images share its batch.
+        (alone,) = detector.predict(picture)
+        torch.testing.assert_close(alone.scores, found.scores, rtol=1e-3, atol=1e-4)
+
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(
+        path, model=parts.network.state_dict(), config={"model": config}, categories=CATEGORIES
+    )
+    for ours, expected in zip(
+        Detector.from_checkpoint(path).predict(pictures), together, strict=True
+    ):
+        assert_same(ours, expected, tolerance=0)
+
+
+@pytest.mark.parametrize("detector", ["ssd300_mobilenet_v1", "retinanet"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_backbone(compose_config: Callable[..., Any], detector: str, backbone: str) -> None:
+    """Every detector takes every backbone."""
+    choices = (f"model={detector}", f"model/backbone={backbone}", "model.num_experts=1")
+    config = compose_model(compose_config, *choices, backbone=backbone)
+    check_training(build_model(config, len(CATEGORIES)))
