@@ -16,6 +16,8 @@ from torch import Tensor
 
 Padding = int | tuple[int, int] | Literal["same", "valid"]
 Strategy = Literal["matmul", "grouped", "loop"]
+Options = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int, Strategy]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 # Measured on a CPU (float32, 8 experts).
 MAX_PATCHES = 64  # output positions up to which gathering the patches of a k x k kernel pays
@@ -134,30 +136,45 @@ def condconv2d(
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: convert one of them")
     if routing_weights.dtype != weight.dtype:
         routing_weights = routing_weights.to(weight.dtype)
-    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    x, symmetric = pad_input(x, (weight.shape[3], weight.shape[4]), stride, padding, dilation)
-    output_size = _output_size(x, weight, stride, symmetric, dilation)
+    # By strides, as asking for the format is an error inside of `vmap`.
+    channels_last = x.stride(1) == 1 and not x.is_contiguous()
 
     with disable_autocast(device_type):
         if weight.shape[0] == 1 and strategy is None:
             # One expert: scaling the output is scaling the kernel.
-            y = F.conv2d(x, weight[0].to(x.dtype), None, stride, symmetric, dilation, groups)
+            x, options = _resolve(x, weight, stride, padding, dilation, groups, strategy)
+            y = F.conv2d(x, weight[0].to(x.dtype), None, *options[:4])
             y = y * routing_weights.to(x.dtype)[:, :, None, None]
+        elif torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            same = padding == "same"
+            pads = (0, 0) if isinstance(padding, str) else pair(padding)
+            y = _operator(
+                x, weight, routing_weights, stride, pads, dilation, groups, same, strategy
+            )
         else:
-            strategy = strategy or choose_strategy(x, weight, output_size, groups)
-            if strategy == "matmul" or x.shape[0] == 0:
-                y = _matmul(x, weight, routing_weights, stride, symmetric, dilation, groups)
-                y = y.unflatten(2, output_size)
-            else:
-                at_once = x.shape[0] if strategy == "grouped" else 1
-                y = _convolve(
-                    x, weight, routing_weights, stride, symmetric, dilation, groups, at_once
-                )
+            x, options = _resolve(x, weight, stride, padding, dilation, groups, strategy)
+            y = _execute(x, weight, routing_weights, *options)
         if bias is not None:
             y = y + (routing_weights @ bias.to(weight.dtype)).to(y.dtype)[:, :, None, None]
-    return y.contiguous(
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
+    if channels_last:
+        return y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return y.contiguous()
+
+
+def _resolve(
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: Padding,
+    dilation: tuple[int, int],
+    groups: int,
+    strategy: Strategy | None,
+) -> tuple[Tensor, Options]:
+    """The input with what a convolution cannot pad itself, and what is then left to know."""
+    x, pads = pad_input(x, (weight.shape[3], weight.shape[4]), stride, padding, dilation)
+    output_size = _output_size(x, weight, stride, pads, dilation)
+    strategy = strategy or choose_strategy(x, weight, output_size, groups)
+    return x, (stride, pads, dilation, groups, strategy)
 
 
 def choose_strategy(
@@ -191,16 +208,98 @@ def _need_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _keeps_kernels(x: Tensor, weight: Tensor) -> bool:
+def _keeps_kernels(x: Tensor, weight: Tensor, strategy: Strategy) -> bool:
     """Whether to keep mixed kernels for the backward pass, or to mix them again.
 
     Where they take less than the input or the experts, which are there in any case, mixing again
     saves little memory.
     """
-    if torch.compiler.is_compiling():
-        return False  # The graph is not to depend on the batch.
+    if torch.compiler.is_exporting():
+        return True
+    if strategy == "matmul":
+        return False
     batch, num_experts = x.shape[0], weight.shape[0]
     return batch <= num_experts or batch * weight.numel() <= num_experts * x.numel()
+
+
+def _execute(x: Tensor, weight: Tensor, routing_weights: Tensor, *options: Any) -> Tensor:
+    inputs = (x, weight, routing_weights)
+    if _need_gradients(*inputs) and not _keeps_kernels(x, weight, options[-1]):
+        y = _Mixed.apply(*inputs, *options)
+        assert isinstance(y, Tensor)
+        return y
+    return _Mixed.forward(*inputs, *options)
+
+
+class _Mixed(torch.autograd.Function):
+    """The operation, with a backward pass that mixes the kernels again instead of keeping them.
+
+    Every step is differentiable: gradients of gradients come out right.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        routing_weights: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+        strategy: Strategy,
+    ) -> Tensor:
+        options = (stride, padding, dilation)
+        if strategy == "matmul" or x.shape[0] == 0:
+            patches = _gather_patches(x, weight, *options)
+            y = _matmul(patches, weight.flatten(2), routing_weights, groups)
+            return y.unflatten(2, _output_size(x, weight, *options))
+        at_once = x.shape[0] if strategy == "grouped" else 1
+        return _convolve(x, weight, routing_weights, *options, groups, at_once)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.options = inputs[3:]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, routing_weights = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        with disable_autocast(x.device.type):
+            grads = _differentiate(grad_outputs[0], x, weight, routing_weights, *ctx.options, needs)
+        return *grads, *[None] * 5
+
+
+def _differentiate(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    strategy: Strategy,
+    needs: Sequence[bool],
+) -> Gradients:
+    """The gradients by x, weight and routing_weights, where needed."""
+    options = (stride, padding, dilation)
+    if strategy == "matmul" or x.shape[0] == 0:
+        patches = _gather_patches(x, weight, *options)
+        grad_patches, grad_weight, grad_routing = _differentiate_matmul(
+            grad_y.flatten(2), patches, weight.flatten(2), routing_weights, groups, needs
+        )
+        return (
+            None if grad_patches is None else _scatter_patches(grad_patches, x, weight, *options),
+            None if grad_weight is None else grad_weight.view_as(weight),
+            grad_routing,
+        )
+    at_once = x.shape[0] if strategy == "grouped" else 1
+    return _differentiate_convolution(
+        grad_y, x, weight, routing_weights, *options, groups, at_once, needs
+    )
 
 
 def _convolve(
@@ -215,13 +314,17 @@ def _convolve(
 ) -> Tensor:
     """`at_once` examples are the groups of one convolution."""
     options = (stride, padding, dilation, groups)
-    if _need_gradients(x, weight, routing_weights) and not _keeps_kernels(x, weight):
-        y = _MixedConvolution.apply(x, weight, routing_weights, *options, at_once)
-        assert isinstance(y, Tensor)
-        return y
-    if at_once == x.shape[0]:  # a short way, as its overhead is felt in small layers
-        return _convolve_groups(x, _mix(weight, routing_weights, x.dtype), *options)
-    return _MixedConvolution.forward(x, weight, routing_weights, *options, at_once)
+    outputs = []
+    step = _examples_at_once(weight, at_once)
+    for part, weights in zip(_split(x, step), _split(routing_weights, step), strict=True):
+        kernels = _mix(weight, weights, x.dtype)
+        outputs += [
+            _convolve_groups(examples, kernel, *options)
+            for examples, kernel in zip(
+                _split(part, at_once), _split(kernels, at_once), strict=True
+            )
+        ]
+    return _concatenate(outputs)
 
 
 def _convolve_groups(
@@ -239,91 +342,60 @@ def _convolve_groups(
     return y if batch == 1 else y.view(batch, -1, *y.shape[2:])
 
 
-class _MixedConvolution(torch.autograd.Function):
-    """`_convolve` with a backward pass that mixes the kernels again instead of keeping them.
-
-    Every step is differentiable: gradients of gradients come out right.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        routing_weights: Tensor,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-        groups: int,
-        at_once: int,
-    ) -> Tensor:
-        outputs = []
-        step = _examples_at_once(weight, at_once)
-        for part, weights in zip(_split(x, step), _split(routing_weights, step), strict=True):
-            kernels = _mix(weight, weights, x.dtype)
-            outputs += [
-                _convolve_groups(examples, kernel, stride, padding, dilation, groups)
-                for examples, kernel in zip(
-                    _split(part, at_once), _split(kernels, at_once), strict=True
-                )
-            ]
-        return _concatenate(outputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.options = inputs[3:]
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, routing_weights = ctx.saved_tensors
-        stride, padding, dilation, groups, at_once = ctx.options
-        needs_x, needs_weight, needs_routing = ctx.needs_input_grad[:3]
-        needs_kernels = needs_weight or needs_routing
-        grad_weight = None
-        grads_x, grads_routing = [], []
-        step = _examples_at_once(weight, at_once)
-        with disable_autocast(x.device.type):
-            for grad_part, part, weights in zip(
-                *(_split(tensor, step) for tensor in (grad_outputs[0], x, routing_weights)),
-                strict=True,
-            ):
-                kernels = _mix(weight, weights, x.dtype)
-                grads_kernels = []
-                for grad_y, examples, kernel in zip(
-                    *(_split(tensor, at_once) for tensor in (grad_part, part, kernels)), strict=True
-                ):
-                    num = examples.shape[0]
-                    grad_x, grad_kernel, _ = torch.ops.aten.convolution_backward(
-                        _join_examples(grad_y),
-                        _join_examples(examples),
-                        kernel.flatten(0, 1),
-                        None,
-                        stride,
-                        padding,
-                        dilation,
-                        False,
-                        (0, 0),
-                        num * groups,
-                        (needs_x, needs_kernels, False),
-                    )
-                    if needs_x:
-                        grads_x.append(grad_x.reshape(examples.shape))
-                    if needs_kernels:
-                        grads_kernels.append(grad_kernel.reshape(num, -1))
-                if needs_kernels:
-                    grad_kernels = _concatenate(grads_kernels).to(weight.dtype)
-                    if needs_weight:
-                        grad_weight = _add_product(weights.t(), grad_kernels, grad_weight)
-                    if needs_routing:
-                        grads_routing.append(grad_kernels @ weight.flatten(1).t())
-        return (
-            _concatenate(grads_x) if needs_x else None,
-            None if grad_weight is None else grad_weight.view_as(weight),
-            _concatenate(grads_routing) if needs_routing else None,
-            *[None] * 5,
-        )
+def _differentiate_convolution(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    at_once: int,
+    needs: Sequence[bool],
+) -> Gradients:
+    needs_x, needs_weight, needs_routing = needs
+    needs_kernels = needs_weight or needs_routing
+    grad_weight = None
+    grads_x, grads_routing = [], []
+    step = _examples_at_once(weight, at_once)
+    for grad_part, part, weights in zip(
+        *(_split(tensor, step) for tensor in (grad_y, x, routing_weights)), strict=True
+    ):
+        kernels = _mix(weight, weights, x.dtype)
+        grads_kernels = []
+        for grad, examples, kernel in zip(
+            *(_split(tensor, at_once) for tensor in (grad_part, part, kernels)), strict=True
+        ):
+            num = examples.shape[0]
+            grad_x, grad_kernel, _ = torch.ops.aten.convolution_backward(
+                _join_examples(grad),
+                _join_examples(examples),
+                kernel.flatten(0, 1),
+                None,
+                stride,
+                padding,
+                dilation,
+                False,
+                (0, 0),
+                num * groups,
+                (needs_x, needs_kernels, False),
+            )
+            if needs_x:
+                grads_x.append(grad_x.reshape(examples.shape))
+            if needs_kernels:
+                grads_kernels.append(grad_kernel.reshape(num, -1))
+        if needs_kernels:
+            grad_kernels = _concatenate(grads_kernels).to(weight.dtype)
+            if needs_weight:
+                grad_weight = _add_product(weights.t(), grad_kernels, grad_weight)
+            if needs_routing:
+                grads_routing.append(grad_kernels @ weight.flatten(1).t())
+    return (
+        _concatenate(grads_x) if needs_x else None,
+        None if grad_weight is None else grad_weight.view_as(weight),
+        _concatenate(grads_routing) if needs_routing else None,
+    )
 
 
 def _examples_at_once(weight: Tensor, at_once: int) -> int:
@@ -333,8 +405,8 @@ def _examples_at_once(weight: Tensor, at_once: int) -> int:
 
 def _works_in_parts(weight: Tensor) -> bool:
     """Whether to mix some kernels at a time: a static function of where the work is done."""
-    # A compiler gets one product: its graph neither grows nor depends on the batch.
-    return weight.device.type == "cpu" and not torch.compiler.is_compiling()
+    # An export gets one product: its graph neither grows nor depends on the batch.
+    return weight.device.type == "cpu" and not torch.compiler.is_exporting()
 
 
 def _join_examples(tensor: Tensor) -> Tensor:
@@ -359,113 +431,108 @@ def _add_product(a: Tensor, b: Tensor, total: Tensor | None) -> Tensor:
     return a @ b if total is None else total.addmm_(a, b)
 
 
-def _matmul(
+def _gather_patches(
     x: Tensor,
     weight: Tensor,
-    routing_weights: Tensor,
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
-    groups: int,
 ) -> Tensor:
+    """x (B, C, H, W) -> (B, G * K, L)."""
     kernel_size = (weight.shape[3], weight.shape[4])
     if kernel_size == (1, 1) and padding == (0, 0):
-        patches = x[:, :, :: stride[0], :: stride[1]].flatten(2)
-    else:
-        patches = F.unfold(x, kernel_size, dilation, padding, stride)
-    arguments = (patches, weight.flatten(2), routing_weights, groups)
-    if torch.compiler.is_exporting() or not _need_gradients(patches, weight, routing_weights):
-        return _MixedMatmul.forward(*arguments)
-    y = _MixedMatmul.apply(*arguments)
-    assert isinstance(y, Tensor)
-    return y
+        return x[:, :, :: stride[0], :: stride[1]].flatten(2)
+    return F.unfold(x, kernel_size, dilation, padding, stride)
 
 
-class _MixedMatmul(torch.autograd.Function):
+def _scatter_patches(
+    patches: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    """The transpose of `_gather_patches`: (B, G * K, L) -> (B, C, H, W)."""
+    kernel_size = (weight.shape[3], weight.shape[4])
+    if kernel_size == stride == (1, 1) and padding == (0, 0):
+        return patches.view_as(x)
+    return F.fold(patches, x.shape[2:], kernel_size, dilation, padding, stride)
+
+
+def _matmul(patches: Tensor, weight: Tensor, routing_weights: Tensor, groups: int) -> Tensor:
     """patches (B, G * K, L), weight (E, O, K), routing_weights (B, E), G -> (B, O, L).
 
-    The backward pass mixes the kernels again instead of keeping them. Both passes mix those of
-    some examples and some output channels at a time, so that they stay in the cache. Every step
-    is differentiable: gradients of gradients come out right.
+    This and its derivative mix the kernels of some examples and some output channels at a time, so
+    that they stay in the cache.
     """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(patches: Tensor, weight: Tensor, routing_weights: Tensor, groups: int) -> Tensor:
-        examples, channels = _block_size(patches, weight, groups)
-        as_rows = _are_rows(patches)
-        parts = [
-            (_split_groups(part, groups), weights)
-            for part, weights in zip(
-                _split(patches, examples), _split(routing_weights, examples), strict=True
-            )
-        ]
-        outputs = []
-        for block in _split(weight, channels, dim=1):
-            pieces = []
-            for part, weights in parts:
-                kernels = _split_groups(_mix(block, weights, part.dtype), groups)
-                pieces.append(_join_groups(_multiply(kernels, part, as_rows), groups))
-            outputs.append(_concatenate(pieces, dim=0, as_rows=as_rows))
-        return _concatenate(outputs, dim=1, as_rows=as_rows)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.groups = inputs[3]
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        patches, weight, routing_weights = ctx.saved_tensors
-        needs_patches, needs_weight, needs_routing, _ = ctx.needs_input_grad
-        groups = ctx.groups
-        examples, channels = _block_size(patches, weight, groups)
-        as_rows = _are_rows(patches)
-        blocks = _split(weight, channels, dim=1)
-        grad_blocks: list[Any] = [None] * len(blocks)
-        grads_patches: list[Any] = []
-        grads_routing: list[Any] = []
-        with disable_autocast(patches.device.type):
-            for grad_part, part, weights in zip(
-                *(
-                    _split(tensor, examples)
-                    for tensor in (grad_outputs[0], patches, routing_weights)
-                ),
-                strict=True,
-            ):
-                part = _split_groups(part, groups)
-                grad_patches = grad_routing = None
-                for i, (block, grad_y) in enumerate(
-                    zip(blocks, _split(grad_part, channels, dim=1), strict=True)
-                ):
-                    grad_y = _split_groups(grad_y, groups)
-                    if needs_patches:
-                        kernels = _split_groups(_mix(block, weights, part.dtype), groups)
-                        grad_patches = _multiply(kernels.mT, grad_y, as_rows, grad_patches)
-                    if needs_weight or needs_routing:
-                        grad_kernels = _join_groups(torch.bmm(grad_y, part.mT), groups)
-                        grad_kernels = grad_kernels.flatten(1).to(weight.dtype)
-                        if needs_weight:
-                            grad_blocks[i] = _add_product(weights.t(), grad_kernels, grad_blocks[i])
-                        if needs_routing:
-                            term = grad_kernels @ block.flatten(1).t()
-                            grad_routing = term if grad_routing is None else grad_routing + term
-                grads_patches.append(grad_patches)
-                grads_routing.append(grad_routing)
-        return (
-            _join_groups(_concatenate(grads_patches, as_rows=as_rows), groups)
-            if needs_patches
-            else None,
-            torch.cat(
-                [grad.view_as(block) for grad, block in zip(grad_blocks, blocks, strict=True)],
-                dim=1,
-            )
-            if needs_weight
-            else None,
-            _concatenate(grads_routing) if needs_routing else None,
-            None,
+    examples, channels = _block_size(patches, weight, groups)
+    as_rows = _are_rows(patches)
+    parts = [
+        (_split_groups(part, groups), weights)
+        for part, weights in zip(
+            _split(patches, examples), _split(routing_weights, examples), strict=True
         )
+    ]
+    outputs = []
+    for block in _split(weight, channels, dim=1):
+        pieces = []
+        for part, weights in parts:
+            kernels = _split_groups(_mix(block, weights, part.dtype), groups)
+            pieces.append(_join_groups(_multiply(kernels, part, as_rows), groups))
+        outputs.append(_concatenate(pieces, dim=0, as_rows=as_rows))
+    return _concatenate(outputs, dim=1, as_rows=as_rows)
+
+
+def _differentiate_matmul(
+    grad_y: Tensor,
+    patches: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    groups: int,
+    needs: Sequence[bool],
+) -> Gradients:
+    needs_patches, needs_weight, needs_routing = needs
+    examples, channels = _block_size(patches, weight, groups)
+    as_rows = _are_rows(patches)
+    blocks = _split(weight, channels, dim=1)
+    grad_blocks: list[Any] = [None] * len(blocks)
+    grads_patches: list[Any] = []
+    grads_routing: list[Any] = []
+    for grad_part, part, weights in zip(
+        *(_split(tensor, examples) for tensor in (grad_y, patches, routing_weights)),
+        strict=True,
+    ):
+        part = _split_groups(part, groups)
+        grad_patches = grad_routing = None
+        for i, (block, grad) in enumerate(
+            zip(blocks, _split(grad_part, channels, dim=1), strict=True)
+        ):
+            grad = _split_groups(grad, groups)
+            if needs_patches:
+                kernels = _split_groups(_mix(block, weights, part.dtype), groups)
+                grad_patches = _multiply(kernels.mT, grad, as_rows, grad_patches)
+            if needs_weight or needs_routing:
+                grad_kernels = _join_groups(torch.bmm(grad, part.mT), groups)
+                grad_kernels = grad_kernels.flatten(1).to(weight.dtype)
+                if needs_weight:
+                    grad_blocks[i] = _add_product(weights.t(), grad_kernels, grad_blocks[i])
+                if needs_routing:
+                    term = grad_kernels @ block.flatten(1).t()
+                    grad_routing = term if grad_routing is None else grad_routing + term
+        grads_patches.append(grad_patches)
+        grads_routing.append(grad_routing)
+    return (
+        _join_groups(_concatenate(grads_patches, as_rows=as_rows), groups)
+        if needs_patches
+        else None,
+        torch.cat(
+            [grad.view_as(block) for grad, block in zip(grad_blocks, blocks, strict=True)], dim=1
+        )
+        if needs_weight
+        else None,
+        _concatenate(grads_routing) if needs_routing else None,
+    )
 
 
 def _are_rows(patches: Tensor) -> bool:
@@ -525,6 +592,104 @@ def _output_size(
             f"the input {tuple(x.shape[2:])} with padding {padding}"
         )
     return height, width
+
+
+@torch.library.custom_op("condconv::condconv2d", mutates_args=())
+def _operator(
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    same: bool,
+    strategy: str | None,
+) -> Tensor:
+    """What a compiler sees of `condconv2d`: one node, which executes as it would without one.
+
+    Its graph then holds for every batch size, where inductor's convolution would fix the number of
+    groups, and kernels are mixed in parts.
+    """
+    x, options = _unpack(x, weight, stride, padding, dilation, groups, same, strategy)
+    return _Mixed.forward(x, weight, routing_weights, *options).contiguous()
+
+
+@_operator.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    same: bool,
+    strategy: str | None,
+) -> Tensor:
+    if same:
+        size = [-(-size // step) for size, step in zip(x.shape[2:], stride, strict=True)]
+    else:
+        size = _output_size(x, weight, pair(stride), pair(padding), pair(dilation))
+    return x.new_empty(x.shape[0], weight.shape[1], *size)
+
+
+@torch.library.custom_op("condconv::condconv2d_backward", mutates_args=())
+def _operator_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    same: bool,
+    strategy: str | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    padded, options = _unpack(x, weight, stride, padding, dilation, groups, same, strategy)
+    grad_x, *grads = _differentiate(grad_y, padded, weight, routing_weights, *options, needs)
+    if grad_x is not None:
+        (height, width), (padded_height, padded_width) = x.shape[2:], padded.shape[2:]
+        top, left = (padded_height - height) // 2, (padded_width - width) // 2
+        grad_x = grad_x[:, :, top : top + height, left : left + width]
+    return [grad.contiguous() for grad in (grad_x, *grads) if grad is not None]
+
+
+@_operator_backward.register_fake
+def _(grad_y: Tensor, *inputs: Any) -> list[Tensor]:
+    needs = inputs[-1]
+    return [x.new_empty(x.shape) for x, need in zip(inputs[:3], needs, strict=True) if need]
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:3]
+    grads = iter(_operator_backward(grad_y, *ctx.saved_tensors, *ctx.options, needs))
+    return *(next(grads) if need else None for need in needs), *[None] * 6
+
+
+_operator.register_autograd(_backward, setup_context=_save_inputs)
+
+
+def _unpack(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    same: bool,
+    strategy: Any,
+) -> tuple[Tensor, Options]:
+    """`_resolve` of an operator's arguments, which know fewer types."""
+    pads = "same" if same else pair(padding)
+    return _resolve(x, weight, pair(stride), pads, pair(dilation), groups, strategy)
 
 
 def _check_shapes(

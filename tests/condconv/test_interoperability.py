@@ -13,7 +13,7 @@ import pytest
 import torch
 from timm.models._efficientnet_blocks import CondConvResidual, InvertedResidual
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 
 from condconv import CondConv2d, RoutedCondConv2d, accelerate_timm, convert_to_condconv
@@ -112,6 +112,59 @@ def test_a_second_batch_size_compiles_for_all() -> None:
         for batch in (5, 8):
             images = make_images(batch)
             torch.testing.assert_close(compiled(images), network(images))
+
+
+LAYERS = {
+    "pointwise": (8, 16, 1),
+    "pointwise, stride": (8, 16, 1, 2),
+    "3 x 3": (8, 16, 3, 1, 1),
+    "3 x 3, same": (8, 16, 3, 2, "same"),
+    "3 x 3, dilation": (8, 16, 3, 1, 2, 2),
+    "3 x 3, groups": (8, 16, 3, 1, 1, 1, 2),
+    "depthwise": (8, 8, 3, 1, 1, 1, 8),
+    "depthwise, same": (8, 8, 3, 2, "same", 1, 8),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("how", ["dynamic", "marked", "unbacked"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_an_open_batch_compiles_once(layer: str, how: str, training: bool) -> None:
+    assert_compiles_once(layer, how, training, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("how", ["dynamic", "marked"])
+@pytest.mark.parametrize("layer", ["3 x 3, same", "depthwise"])
+def test_an_open_batch_in_inductor(layer: str, how: str, training: bool) -> None:
+    assert_compiles_once(layer, how, training, "inductor")
+
+
+def assert_compiles_once(layer: str, how: str, training: bool, backend: str) -> None:
+    torch.manual_seed(0)
+    module = RoutedCondConv2d(*LAYERS[layer], num_experts=NUM_EXPERTS)
+    torch.compiler.reset()
+    compiled = torch.compile(
+        module, fullgraph=True, backend=backend, dynamic=True if how == "dynamic" else None
+    )
+    for batch in (2, 3, 5):
+        x = torch.randn(batch, 8, 9, 9, requires_grad=training)
+        twin = x.detach().clone().requires_grad_(training)
+        if how == "marked":
+            torch._dynamo.mark_dynamic(x, 0)
+        elif how == "unbacked":
+            torch._dynamo.decorators.mark_unbacked(x, 0)
+        stance = "default" if batch == 2 else "fail_on_recompile"
+        with torch.set_grad_enabled(training), torch.compiler.set_stance(stance):
+            y = compiled(x)
+        torch.testing.assert_close(y, module(twin))
+        if training:
+            actual = gradients(module, lambda y=y: y)
+            for name, expected in gradients(module, lambda x=twin: module(x)).items():
+                assert_near(actual[name], expected, 1e-4)
+            assert x.grad is not None and twin.grad is not None
+            assert_near(x.grad, twin.grad, 1e-4)
 
 
 @pytest.mark.slow
@@ -257,6 +310,24 @@ def test_gradients_of_each_example() -> None:
         expected = gradients(network, lambda i=i: network(images[i : i + 1]))
         for name in names:
             assert_near(each[name][i], expected[name], 1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_an_ensemble_in_one_call(layout: torch.memory_format) -> None:
+    networks = [make_network(seed) for seed in range(3)]
+    images = make_images(10).to(memory_format=layout)
+    parameters, buffers = stack_module_state(networks)
+
+    def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
+        return functional_call(networks[0], (parameters, buffers), (images,))
+
+    y = vmap(run, in_dims=(0, 0, None))(parameters, buffers, images)
+    torch.testing.assert_close(y, torch.stack([network(images) for network in networks]))
+    sum(loss_of(part) for part in y).backward()
+    expected = [gradients(network, lambda n=network: n(images)) for network in networks]
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None, name
+        assert_near(parameter.grad, torch.stack([grads[name] for grads in expected]), 1e-4)
 
 
 def test_gradient_of_a_gradient() -> None:
