@@ -147,7 +147,7 @@ def condconv2d(
             y = y * routing_weights.to(x.dtype)[:, :, None, None]
         elif torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             same = padding == "same"
-            pads = (0, 0) if isinstance(padding, str) else pair(padding)
+            pads = (0, 0) if same else pad_input(x, (1, 1), stride, padding, dilation)[1]
             y = _operator(
                 x, weight, routing_weights, stride, pads, dilation, groups, same, strategy
             )
@@ -194,14 +194,16 @@ def choose_strategy(
     return "grouped"
 
 
-def _mix(weight: Tensor, routing_weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """weight (E, O, ...), routing_weights (B, E) -> the kernel of each example (B, O, ...)."""
-    kernels = routing_weights @ weight.flatten(1)
+def _mix(
+    weight: Tensor, routing_weights: Tensor, dtype: torch.dtype, shape: Sequence[int]
+) -> Tensor:
+    """weight (E, O, ...), routing_weights (B, E) -> the kernels of all examples (-1, *shape)."""
+    kernels = torch.mm(routing_weights, weight.flatten(1))
     # Asking for what is there already costs as much as some small layers' arithmetic, here and
     # below.
     if kernels.dtype != dtype:
         kernels = kernels.to(dtype)
-    return kernels.view(-1, *weight.shape[1:])
+    return kernels.view(-1, *shape)
 
 
 def _need_gradients(*tensors: Tensor) -> bool:
@@ -314,14 +316,17 @@ def _convolve(
 ) -> Tensor:
     """`at_once` examples are the groups of one convolution."""
     options = (stride, padding, dilation, groups)
+    if at_once == x.shape[0]:  # a short way, as its overhead is felt in small layers
+        kernels = _mix(weight, routing_weights, x.dtype, weight.shape[2:])
+        return _convolve_groups(x, kernels, *options)
     outputs = []
     step = _examples_at_once(weight, at_once)
     for part, weights in zip(_split(x, step), _split(routing_weights, step), strict=True):
-        kernels = _mix(weight, weights, x.dtype)
+        kernels = _mix(weight, weights, x.dtype, weight.shape[2:])
         outputs += [
             _convolve_groups(examples, kernel, *options)
             for examples, kernel in zip(
-                _split(part, at_once), _split(kernels, at_once), strict=True
+                _split(part, at_once), _split(kernels, at_once * weight.shape[1]), strict=True
             )
         ]
     return _concatenate(outputs)
@@ -335,10 +340,9 @@ def _convolve_groups(
     dilation: tuple[int, int],
     groups: int,
 ) -> Tensor:
-    """x (B, C, H, W), kernels (B, O, C / G, kh, kw) -> (B, O, H', W'), in one convolution."""
+    """x (B, C, H, W), kernels (B * O, C / G, kh, kw) -> (B, O, H', W'), in one convolution."""
     batch = x.shape[0]
-    x, kernels = _join_examples(x), kernels.flatten(0, 1)
-    y = F.conv2d(x, kernels, None, stride, padding, dilation, batch * groups)
+    y = F.conv2d(_join_examples(x), kernels, None, stride, padding, dilation, batch * groups)
     return y if batch == 1 else y.view(batch, -1, *y.shape[2:])
 
 
@@ -362,16 +366,19 @@ def _differentiate_convolution(
     for grad_part, part, weights in zip(
         *(_split(tensor, step) for tensor in (grad_y, x, routing_weights)), strict=True
     ):
-        kernels = _mix(weight, weights, x.dtype)
+        kernels = _mix(weight, weights, x.dtype, weight.shape[2:])
         grads_kernels = []
         for grad, examples, kernel in zip(
-            *(_split(tensor, at_once) for tensor in (grad_part, part, kernels)), strict=True
+            _split(grad_part, at_once),
+            _split(part, at_once),
+            _split(kernels, at_once * weight.shape[1]),
+            strict=True,
         ):
             num = examples.shape[0]
             grad_x, grad_kernel, _ = torch.ops.aten.convolution_backward(
                 _join_examples(grad),
                 _join_examples(examples),
-                kernel.flatten(0, 1),
+                kernel,
                 None,
                 stride,
                 padding,
@@ -478,7 +485,7 @@ def _matmul(patches: Tensor, weight: Tensor, routing_weights: Tensor, groups: in
     for block in _split(weight, channels, dim=1):
         pieces = []
         for part, weights in parts:
-            kernels = _split_groups(_mix(block, weights, part.dtype), groups)
+            kernels = _split_groups(_mix(block, weights, part.dtype, block.shape[1:]), groups)
             pieces.append(_join_groups(_multiply(kernels, part, as_rows), groups))
         outputs.append(_concatenate(pieces, dim=0, as_rows=as_rows))
     return _concatenate(outputs, dim=1, as_rows=as_rows)
@@ -510,7 +517,8 @@ def _differentiate_matmul(
         ):
             grad = _split_groups(grad, groups)
             if needs_patches:
-                kernels = _split_groups(_mix(block, weights, part.dtype), groups)
+                kernels = _mix(block, weights, part.dtype, block.shape[1:])
+                kernels = _split_groups(kernels, groups)
                 grad_patches = _multiply(kernels.mT, grad, as_rows, grad_patches)
             if needs_weight or needs_routing:
                 grad_kernels = _join_groups(torch.bmm(grad, part.mT), groups)
