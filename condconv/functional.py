@@ -270,7 +270,9 @@ class _Mixed(torch.autograd.Function):
         x, weight, routing_weights = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         with disable_autocast(x.device.type):
-            grads = _differentiate(grad_outputs[0], x, weight, routing_weights, *ctx.options, needs)
+            grads = _differentiate(
+                grad_outputs[0], x, weight, routing_weights, *ctx.options, needs=needs
+            )
         return *grads, *[None] * 5
 
 

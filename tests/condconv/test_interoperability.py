@@ -323,7 +323,7 @@ def test_an_ensemble_in_one_call(layout: torch.memory_format) -> None:
 
     y = vmap(run, in_dims=(0, 0, None))(parameters, buffers, images)
     torch.testing.assert_close(y, torch.stack([network(images) for network in networks]))
-    sum(loss_of(part) for part in y).backward()
+    torch.stack([loss_of(part) for part in y]).sum().backward()
     expected = [gradients(network, lambda n=network: n(images)) for network in networks]
     for name, parameter in parameters.items():
         assert parameter.grad is not None, name
