@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor, nn
 
@@ -58,13 +60,17 @@ class Postprocess(nn.Module):
         unclipped = decode_boxes(deltas, predictions.anchors[anchors], predictions.code_weights)
         boxes = clip_boxes(unclipped, input_size, input_size)
         visible = box_area(boxes) > 0
-        survives = _suppress(
+        # Its loops depend on the data: an exported graph has one node for it.
+        suppress = suppress_operator if torch.compiler.is_exporting() else _suppress
+        survives = suppress(
             boxes if self.clip_first else unclipped,
+            scores,
             labels,
-            scores > self.score_threshold,
             visible,
-            iou_threshold=self.iou_threshold,
-            num_needed=self.max_detections,
+            logits.shape[2],
+            self.score_threshold,
+            self.iou_threshold,
+            self.max_detections,
         )
 
         valid = survives & visible
@@ -88,7 +94,7 @@ class Postprocess(nn.Module):
             _select_best(level, self.num_candidates) for level in logits.split(level_sizes, 1)
         ]
         scores, anchors, labels = zip(*levels, strict=True)
-        starts = torch.tensor([0, *level_sizes[:-1]]).cumsum(0).tolist()
+        starts = accumulate(level_sizes[:-1], initial=0)
         anchors = [own + start for own, start in zip(anchors, starts, strict=True)]
         best, order = torch.cat(scores, 1).sort(1, descending=True)
         return best, torch.cat(anchors, 1).gather(1, order), torch.cat(labels, 1).gather(1, order)
@@ -106,10 +112,11 @@ def _select_best(logits: Tensor, num_pairs: int) -> tuple[Tensor, Tensor, Tensor
 
 def _suppress(
     boxes: Tensor,
+    scores: Tensor,
     labels: Tensor,
-    candidates: Tensor,
     visible: Tensor,
-    *,
+    num_classes: int,
+    score_threshold: float,
     iou_threshold: float,
     num_needed: int,
 ) -> Tensor:
@@ -120,14 +127,17 @@ def _suppress(
 
     Args:
         boxes: (B, N, 4), best first.
+        scores: (B, N), falling.
         labels: (B, N).
-        candidates: (B, N) bool, the others neither survive nor suppress.
         visible: (B, N) bool, what counts for `num_needed`.
+        num_classes: K.
+        score_threshold: boxes of no higher score neither survive nor suppress.
         num_needed: an image may end with more, or with fewer where there are no more.
 
     Returns:
         (B, N) bool, True to keep.
     """
+    candidates = scores > score_threshold
     survives = torch.zeros_like(candidates)
     if not candidates.any():
         return survives
@@ -152,3 +162,11 @@ def _suppress(
         if (survives & visible).sum(1).min() >= num_needed:
             break
     return survives
+
+
+suppress_operator = torch.library.custom_op("detection::suppress", _suppress, mutates_args=())
+
+
+@suppress_operator.register_fake
+def _(boxes: Tensor, scores: Tensor, labels: Tensor, visible: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(visible)
