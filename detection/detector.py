@@ -14,10 +14,8 @@ from torchvision.transforms.v2 import functional as F
 from detection.build import ModelParts
 from detection.checkpoint import load_checkpoint, load_model, read_categories
 from detection.errors import UserError
-from detection.images import UnreadableImage, load_image
+from detection.images import ImageLike, open_image
 from detection.structures import Category, Detections, ImageDetections, RawPredictions
-
-ImageLike = str | Path | Image.Image | np.ndarray
 
 
 class Detector:
@@ -99,7 +97,7 @@ class Detector:
             For each image its detections, best first.
         """
         single = isinstance(images, (str, Path, Image.Image, np.ndarray))
-        pictures = [_open_image(image) for image in ([images] if single else images)]
+        pictures = [open_image(image) for image in ([images] if single else images)]
         if not pictures:
             return []
         sizes = torch.tensor([[picture.height, picture.width] for picture in pictures])
@@ -115,16 +113,3 @@ def unbatch(detections: Detections, *, score_threshold: float = 0.0) -> list[Ima
         ImageDetections(boxes[i][kept[i]], scores[i][kept[i]], labels[i][kept[i]])
         for i in range(len(boxes))
     ]
-
-
-def _open_image(image: ImageLike) -> Image.Image:
-    if isinstance(image, (str, Path)):
-        try:
-            return load_image(image)
-        except UnreadableImage as error:
-            raise UserError(f"cannot read {image}: {error}") from error
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8:
-            raise UserError(f"an image array must be uint8, got {image.dtype}")
-        image = Image.fromarray(image)
-    return image.convert("RGB")

@@ -8,9 +8,31 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from detection.errors import UserError
+
+ImageLike = str | Path | Image.Image | np.ndarray
+
 
 class UnreadableImage(Exception):
     """An image file that gives no picture, or not the one that the annotations describe."""
+
+
+def open_image(image: ImageLike) -> Image.Image:
+    """The RGB picture of a path, a PIL image, or a uint8 array (H, W, 3) or (H, W).
+
+    Raises:
+        UserError: where it cannot be read, or is an array of another type.
+    """
+    if isinstance(image, (str, Path)):
+        try:
+            return load_image(image)
+        except UnreadableImage as error:
+            raise UserError(f"cannot read {image}: {error}") from error
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise UserError(f"an image array must be uint8, got {image.dtype}")
+        image = Image.fromarray(image)
+    return image.convert("RGB")
 
 
 def load_image(path: str | Path) -> Image.Image:

@@ -1,0 +1,175 @@
+"""One file from a checkpoint: ONNX, or a program of `torch.export`.
+
+Shapes: B images (open in the file), S input size, A anchors, K classes, D detections (padded).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from detection.boxes import decode_boxes
+from detection.build import ModelParts
+from detection.errors import UserError
+from detection.preprocess import Letterbox, Preprocess
+from detection.structures import Category
+
+Images = Literal["uint8", "float32"]
+Outputs = Literal["detections", "raw"]
+OUTPUT_NAMES = {"detections": ("boxes", "scores", "labels", "valid"), "raw": ("boxes", "scores")}
+
+
+class ExportedDetector(nn.Module):
+    """What an exported file computes.
+
+    Args:
+        parts: put into inference mode.
+        images: "uint8" normalises inside, "float32" takes normalised images.
+        outputs: "detections" decodes and suppresses; "raw" decodes all anchors.
+    """
+
+    def __init__(self, parts: ModelParts, *, images: Images, outputs: Outputs) -> None:
+        super().__init__()
+        self.network = parts.network
+        self.preprocess = parts.preprocess
+        self.postprocess = parts.postprocess
+        self.images: Images = images
+        self.outputs: Outputs = outputs
+        self.eval()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """images (B, 3, S, S) -> what `OUTPUT_NAMES` names, boxes xyxy in pixels of these images.
+
+        "detections": the fields of `detection.structures.Detections`. "raw": boxes (B, A, 4), not
+        clipped, and scores (B, A, K).
+        """
+        predictions = self.network(self.preprocess(images) if self.images == "uint8" else images)
+        if self.outputs == "detections":
+            return tuple(self.postprocess(predictions, self.preprocess.input_size))
+        boxes = decode_boxes(predictions.deltas, predictions.anchors, predictions.code_weights)
+        return boxes, predictions.logits[..., predictions.num_background :].sigmoid()
+
+    def example(self) -> Tensor:
+        """Images of the size and type that it takes."""
+        side = self.preprocess.input_size
+        return torch.zeros(2, 3, side, side, dtype=getattr(torch, self.images))
+
+
+def export_program(detector: ExportedDetector) -> torch.export.ExportedProgram:
+    """The detector as a graph that holds for every batch size."""
+    batch = torch.export.Dim("batch", min=1)
+    with torch.no_grad():
+        return torch.export.export(detector, (detector.example(),), dynamic_shapes=({0: batch},))
+
+
+def export_onnx(
+    detector: ExportedDetector, metadata: dict[str, str], path: str | Path
+) -> None:
+    """Write an ONNX file, its weights inside, `metadata` as its metadata properties.
+
+    torch's exporter folds batch norm into the static convolutions that it follows.
+
+    Raises:
+        UserError: where onnx or onnxscript is not installed, or the file cannot be written.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} not installed: pip install 'condconv-detection[export]'"
+        )
+    program = torch.onnx.export(
+        export_program(detector),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=OUTPUT_NAMES[detector.outputs],
+        dynamic_shapes=({0: "batch"},),
+        custom_translation_table={torch.ops.detection.suppress.default: _translate_suppress},
+    )
+    assert program is not None
+    program.model.metadata_props.update(metadata)
+    try:
+        program.save(path, external_data=False)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def export_torch(
+    detector: ExportedDetector, metadata: dict[str, str], path: str | Path
+) -> None:
+    """Write a file for `torch.export.load`, `metadata` in it as "metadata.json".
+
+    With detections it holds an operator of this project: `import detection.postprocess` first.
+
+    Raises:
+        UserError: where the file cannot be written.
+    """
+    try:
+        torch.export.save(
+            export_program(detector), path, extra_files={"metadata.json": json.dumps(metadata)}
+        )
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
+def describe(
+    detector: ExportedDetector, categories: Sequence[Category], *, license: str | None = None
+) -> dict[str, str]:
+    """What one must know to use the file: the properties that go into its metadata.
+
+    Lists are JSON; `mean` and `std` are on the scale 0 to 255, `fill` colours the padding.
+    """
+    preprocess = detector.preprocess
+    properties: dict[str, Any] = {
+        "names": json.dumps([category.name for category in categories]),
+        "input_size": preprocess.input_size,
+        "resize": _resize_method(preprocess),
+        "fill": json.dumps([int(value) for value in preprocess.mean.flatten().round()]),
+        "mean": json.dumps(preprocess.mean.flatten().tolist()),
+        "std": json.dumps(preprocess.std.flatten().tolist()),
+        "images": detector.images,
+        "outputs": detector.outputs,
+    }
+    if license is not None:
+        properties["license"] = license
+    return {key: str(value) for key, value in properties.items()}
+
+
+def _resize_method(preprocess: Preprocess) -> str:
+    if not isinstance(preprocess, Letterbox):
+        return "stretch"
+    return "letterbox-centered" if preprocess.centered else "letterbox"
+
+
+def _translate_suppress(
+    boxes: Any,
+    scores: Any,
+    labels: Any,
+    visible: Any,
+    num_classes: int,
+    score_threshold: float,
+    iou_threshold: float,
+    num_needed: int,
+) -> Any:
+    """`detection::suppress` in ONNX's operators."""
+    from onnxscript import opset18 as op
+
+    # A box has a score in its own class, and 0, which takes no part, in the others.
+    own_class = op.OneHot(labels, [num_classes], [0.0, 1.0], axis=1)
+    chosen = op.NonMaxSuppression(
+        boxes,
+        op.Mul(own_class, op.Unsqueeze(scores, [1])),
+        [torch.iinfo(torch.int32).max],
+        [iou_threshold],
+        [max(score_threshold, 0.0)],
+    )
+    places = op.Gather(chosen, [0, 2], axis=1)  # of (image, class, box)
+    nothing = op.ConstantOfShape(op.Shape(scores))
+    survivors = op.ScatterND(nothing, places, op.GatherND(scores, places))
+    return op.Greater(survivors, 0.0)

@@ -1,0 +1,145 @@
+"""A detector exported to ONNX: needs onnxruntime, numpy and Pillow, and no torch.
+
+Shapes: B images, S input size, D detections (padded), N detections of one image.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from detection.errors import UserError
+from detection.images import ImageLike, open_image
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+class ArrayDetections(NamedTuple):
+    """`detection.structures.ImageDetections` in numpy: one image, best first, nothing padded.
+
+    Args:
+        boxes: (N, 4) float32, xyxy in pixels of the image as it was given.
+        scores: (N,) float32 in [0, 1].
+        labels: (N,) int64, contiguous from 0.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+
+
+class OnnxDetector:
+    """`detection.detector.Detector` for a file that `python -m detection.export` wrote.
+
+    Args:
+        session: of such a file, with `outputs=detections`.
+
+    Raises:
+        UserError: where the file has no metadata of an exported detector, or other outputs.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        properties = session.get_modelmeta().custom_metadata_map
+        if not {"names", "input_size", "resize"} <= properties.keys():
+            raise UserError("the model's metadata is not that of python -m detection.export")
+        if properties["outputs"] != "detections":
+            raise UserError(
+                f"the model has outputs={properties['outputs']}: export it with outputs=detections"
+            )
+        self.session = session
+        self.names: list[str] = json.loads(properties["names"])
+        self.input_size = int(properties["input_size"])
+        self.resize = properties["resize"]
+        self.fill = tuple(json.loads(properties["fill"]))
+        self.takes_floats = properties["images"] == "float32"
+        self.mean, self.std = (
+            np.array(json.loads(properties[key]), np.float32).reshape(3, 1, 1)
+            for key in ("mean", "std")
+        )
+
+    @classmethod
+    def from_file(
+        cls, path: str | Path, *, providers: Sequence[str] = ("CPUExecutionProvider",)
+    ) -> OnnxDetector:
+        """Open a file.
+
+        Args:
+            providers: ONNX Runtime's, the preferred ones first.
+
+        Raises:
+            UserError: where it cannot be run, or is no exported detector.
+        """
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise UserError(
+                "onnxruntime is not installed: pip install 'condconv-detection[export]'"
+            ) from error
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file")
+        try:
+            session = onnxruntime.InferenceSession(path, providers=list(providers))
+        except Exception as error:  # onnxruntime's own have no common ancestor but this
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}: ONNX Runtime cannot open it: {reason}") from error
+        return cls(session)
+
+    def predict(
+        self, images: ImageLike | Sequence[ImageLike], *, score_threshold: float = 0.0
+    ) -> list[ArrayDetections]:
+        """Detect on images given as paths, PIL images, or uint8 arrays (H, W, 3) or (H, W).
+
+        Args:
+            images: one or several, all run as one batch.
+            score_threshold: only detections of at least this score are given.
+
+        Returns:
+            For each image its detections, best first.
+        """
+        single = isinstance(images, (str, Path, Image.Image, np.ndarray))
+        pictures = [open_image(image) for image in ([images] if single else images)]
+        if not pictures:
+            return []
+        batch = np.stack([self._resize(picture) for picture in pictures])
+        if self.takes_floats:
+            batch = (batch - self.mean) / self.std
+        outputs = self.session.run(["boxes", "scores", "labels", "valid"], {"images": batch})
+        found = []
+        for picture, boxes, scores, labels, valid in zip(pictures, *outputs, strict=True):
+            kept = valid & (scores >= score_threshold)
+            restored = self._restore(boxes[kept], picture)
+            found.append(ArrayDetections(restored, scores[kept], labels[kept]))
+        return found
+
+    def _resize(self, picture: Image.Image) -> np.ndarray:
+        """The network's input: uint8 (3, S, S)."""
+        (width, height), start = self._place(picture)
+        resized = picture.resize((width, height), Image.Resampling.BILINEAR)
+        canvas = Image.new("RGB", (self.input_size, self.input_size), self.fill)
+        canvas.paste(resized, start)
+        return np.asarray(canvas).transpose(2, 0, 1)
+
+    def _restore(self, boxes: np.ndarray, picture: Image.Image) -> np.ndarray:
+        """Boxes (N, 4) of the network's input in pixels of the picture."""
+        fitted, start = self._place(picture)
+        size = np.float32([*picture.size, *picture.size])
+        boxes = (boxes - np.float32([*start, *start])) * (size / np.float32([*fitted, *fitted]))
+        return boxes.clip(0, size)
+
+    def _place(self, picture: Image.Image) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(width, height) of a picture in the network's input, and (left, top) of where it lies."""
+        side = self.input_size
+        if self.resize == "stretch":
+            return (side, side), (0, 0)
+        longer = max(picture.size)
+        # In whole numbers, rounded as in `detection.preprocess.Letterbox`.
+        width, height = (max((2 * n * side + longer) // (2 * longer), 1) for n in picture.size)
+        if self.resize == "letterbox":
+            return (width, height), (0, 0)
+        return (width, height), ((side - width) // 2, (side - height) // 2)
