@@ -1,4 +1,7 @@
-"""Evaluate a checkpoint: `python eval_det.py checkpoint=FILE [data=...]`; see configs/eval.yaml."""
+"""Evaluate a checkpoint: `python eval_det.py checkpoint=FILE [data=...]`; see configs/eval.yaml.
+
+A file of `python -m detection.export` is evaluated in the same way.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
     from detection.checkpoint import load_checkpoint, load_model, read_categories
     from detection.data.sources import find_split, load_split
     from detection.detector import Detector
-    from detection.engine.evaluate import evaluate
+    from detection.engine.evaluate import evaluate, evaluate_exported
     from detection.engine.processes import join_processes
     from detection.engine.run_folder import LOGGER, start_logging
     from detection.errors import UserError
@@ -44,6 +47,7 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
         write_metrics,
         write_results,
     )
+    from detection.onnx_detector import OnnxDetector
     from detection.visualization.results import draw_results
 
     content = plain(config)
@@ -51,28 +55,33 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
     if content["checkpoint"] is None:
         raise UserError("checkpoint is not set: give checkpoint=FILE, as train_det.py writes it")
     path = Path(content["checkpoint"])
-    checkpoint = load_checkpoint(path)
+    exported = OnnxDetector.from_file(path) if path.suffix == ".onnx" else None
+    checkpoint = {"config": {}} if exported else load_checkpoint(path)
     source, _ = split_data(find_data(content, checkpoint))
 
     with join_processes(content["device"]) as processes:
         index = load_split(find_split(build(source), content["split"]))
-        parts = load_model(checkpoint, weights=content["weights"])
-        detector = Detector(parts, read_categories(checkpoint), processes.device)
-        detector.match_categories(index.categories)
-        output = Path(content["output"] or path.with_name(f"{path.stem}-{content['split']}"))
+        name = path.name if exported else path.stem
+        output = Path(content["output"] or path.with_name(f"{name}-{content['split']}"))
         start_logging(console, None, is_main=processes.is_main)
         for line in [f"{len(index)} images of {index.annotations_file}", *index.describe()]:
             LOGGER.info(line)
 
-        found = evaluate(
-            detector,
-            index,
-            CocoEvaluator(index.ground_truth()),
-            processes=processes,
-            criterion=parts.criterion,
-            batch_size=content["evaluation"]["batch_size"],
-            num_workers=content["evaluation"]["num_workers"],
-        )
+        evaluator = CocoEvaluator(index.ground_truth())
+        batch_size = content["evaluation"]["batch_size"]
+        if exported:
+            found = evaluate_exported(exported, index, evaluator, batch_size=batch_size)
+        else:
+            parts = load_model(checkpoint, weights=content["weights"])
+            found = evaluate(
+                Detector(parts, read_categories(checkpoint), processes.device),
+                index,
+                evaluator,
+                processes=processes,
+                criterion=parts.criterion,
+                batch_size=batch_size,
+                num_workers=content["evaluation"]["num_workers"],
+            )
         if processes.is_main:
             write_metrics(found.metrics, output / "metrics.json")
             write_results(found.results, output / "detections.json")

@@ -62,16 +62,7 @@ class Detector:
         Raises:
             UserError: naming the classes that the detector does not know.
         """
-        labels = {name: label for label, name in enumerate(self.names)}
-        unknown = [category.name for category in categories if category.name not in labels]
-        if unknown:
-            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-            raise UserError(
-                f"the checkpoint detects {len(self.names)} classes, and none named "
-                f"{', '.join(map(repr, unknown[:3]))}{more}, which the data has: "
-                "evaluate on the data set it was trained for"
-            )
-        return torch.tensor([labels[category.name] for category in categories])
+        return match_categories(self.names, categories)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> RawPredictions:
@@ -103,6 +94,24 @@ class Detector:
         sizes = torch.tensor([[picture.height, picture.width] for picture in pictures])
         batch = torch.stack([self.preprocess.resize_image(F.pil_to_tensor(p)) for p in pictures])
         return unbatch(self.decode(self.forward(batch), sizes), score_threshold=score_threshold)
+
+
+def match_categories(names: Sequence[str], categories: Sequence[Category]) -> Tensor:
+    """The label of each class of a data set in a detector's `names`: (K,) int64.
+
+    Raises:
+        UserError: naming the classes that the detector does not know.
+    """
+    labels = {name: label for label, name in enumerate(names)}
+    unknown = [category.name for category in categories if category.name not in labels]
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise UserError(
+            f"the checkpoint detects {len(names)} classes, and none named "
+            f"{', '.join(map(repr, unknown[:3]))}{more}, which the data has: "
+            "evaluate on the data set it was trained for"
+        )
+    return torch.tensor([labels[category.name] for category in categories])
 
 
 def unbatch(detections: Detections, *, score_threshold: float = 0.0) -> list[ImageDetections]:

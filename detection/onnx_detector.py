@@ -88,7 +88,10 @@ class OnnxDetector:
         except Exception as error:  # onnxruntime's own have no common ancestor but this
             reason = " ".join(str(error).split())
             raise UserError(f"{path}: ONNX Runtime cannot open it: {reason}") from error
-        return cls(session)
+        try:
+            return cls(session)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
     def predict(
         self, images: ImageLike | Sequence[ImageLike], *, score_threshold: float = 0.0

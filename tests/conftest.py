@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,67 @@ def real_data() -> Path:
     if not DATA.is_dir():
         pytest.skip("no real images: ../shared/data is absent")
     return DATA
+
+
+EXPORTED = {
+    "ssd": ["model.width=0.25", "model.num_experts=2", "model.input_size=64"],
+    "static_ssd": ["model.width=0.25", "model.num_experts=1", "model.input_size=64"],
+    "retinanet": [
+        "model=retinanet_mobilenet_v1_fpnlite",
+        "model.width=0.25",
+        "model.num_experts=2",
+        "model.input_size=64",
+        "model.head.num_convs=1",
+        "model.preprocess.centered=true",
+    ],
+}
+
+
+@pytest.fixture(scope="session")
+def export_model(
+    compose_config: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Exports a small model of random weights; its checkpoint lies beside it, as .pt.
+
+    Scores are spread and features normalised, as those of trained models are. The classes are those
+    of the embedded set. A file is written once.
+    """
+    from detection.build import build_model
+    from detection.checkpoint import save_checkpoint
+    from detection.cli import plain
+    from detection.data.shapes import CLASSES
+    from detection.export.__main__ import export
+    from detection.structures import Category
+
+    folder = tmp_path_factory.mktemp("exported")
+
+    def save(name: str) -> Path:
+        path = folder / f"{name}.pt"
+        if not path.exists():
+            model = plain(compose_config("train", EXPORTED[name]))["model"]
+            torch.manual_seed(0)
+            network = build_model(model, len(CLASSES)).network
+            for layer in network.class_layers:
+                torch.nn.init.normal_(network.get_submodule(layer).weight, std=0.3)
+            for module in network.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.momentum = 1.0
+            with torch.no_grad():
+                network.train()(torch.randn(8, 3, 64, 64))
+            save_checkpoint(
+                path,
+                model=network.state_dict(),
+                config={"model": model},
+                categories=[Category(i, own) for i, own in enumerate(CLASSES, start=1)],
+            )
+        return path
+
+    @cache
+    def export_model(name: str, *overrides: str) -> Path:
+        checkpoint = save(name)
+        output = folder / f"{name}{''.join(overrides)}.onnx"
+        return export(
+            compose_config("export", [f"checkpoint={checkpoint}", f"output='{output}'", *overrides])
+        )
+
+    return export_model

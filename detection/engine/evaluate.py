@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from detection.data.coco import CocoIndex
 from detection.data.dataset import DetectionDataset, collate
 from detection.data.sampler import split_evaluation
 from detection.data.transforms import EvalTransform
-from detection.detector import Detector, unbatch
+from detection.detector import Detector, match_categories, unbatch
 from detection.engine.processes import Processes
 from detection.engine.run_folder import LOGGER
 from detection.evaluation.coco import CocoEvaluator, coco_results
-from detection.structures import ImageDetections
+from detection.images import UnreadableImage, load_annotated_image
+from detection.onnx_detector import OnnxDetector
+from detection.structures import Category
 
 
 class Evaluation(NamedTuple):
@@ -79,19 +82,53 @@ def evaluate(
                 sums[name] = sums.get(name, 0.0) + value.item()
         detections = unbatch(detector.decode(predictions, batch.sizes))
         for image_id, found in zip(batch.image_ids.tolist(), detections, strict=True):
-            known = torch.isin(found.labels, own_labels)
-            found = ImageDetections(*(values[known] for values in found))
-            results += coco_results(*found, image_id, categories)
+            results += _known_results(found, image_id, categories)
         unreadable += batch.unreadable
 
     shares = processes.gather((results, sums, unreadable))
     results = [result for share in shares for result in share[0]]
-    for _, _, names in shares:
-        for name in names if processes.is_main else ():
-            LOGGER.warning("cannot read %s: evaluated as an image without detections", name)
+    if processes.is_main:
+        _warn_of_unreadable([name for share in shares for name in share[2]])
     metrics = evaluator.evaluate(results) if processes.is_main else {}
     metrics.update(_mean_losses([share[1] for share in shares]))
     return Evaluation(processes.share(metrics), results)
+
+
+def evaluate_exported(
+    detector: OnnxDetector, index: CocoIndex, evaluator: CocoEvaluator, *, batch_size: int = 16
+) -> Evaluation:
+    """`evaluate` for an exported detector, which resizes in its own way; in this process alone."""
+    own_labels = match_categories(detector.names, index.categories)
+    categories = dict(zip(own_labels.tolist(), index.categories, strict=True))
+    results: list[dict[str, Any]] = []
+    unreadable: list[str] = []
+    for start in range(0, len(index), batch_size):
+        images, image_ids = [], []
+        for i in range(start, min(start + batch_size, len(index))):
+            path = index.images_dir / index.file_names[i]
+            try:
+                images.append(load_annotated_image(path, index.sizes[i]))
+                image_ids.append(index.image_ids[i])
+            except UnreadableImage as error:
+                unreadable.append(f"{index.file_names[i]}: {error}")
+        for image_id, found in zip(image_ids, detector.predict(images), strict=True):
+            results += _known_results(map(torch.from_numpy, found), image_id, categories)
+    _warn_of_unreadable(unreadable)
+    return Evaluation(evaluator.evaluate(results), results)
+
+
+def _known_results(
+    found: Iterable[Tensor], image_id: int, categories: dict[int, Category]
+) -> list[dict[str, Any]]:
+    """`coco_results` of `ImageDetections`, without those of labels that are no categories."""
+    boxes, scores, labels = found
+    known = torch.isin(labels, torch.tensor(list(categories)))
+    return coco_results(boxes[known], scores[known], labels[known], image_id, categories)
+
+
+def _warn_of_unreadable(names: list[str]) -> None:
+    for name in names:
+        LOGGER.warning("cannot read %s: evaluated as an image without detections", name)
 
 
 def _mean_losses(shares: list[dict[str, float]]) -> dict[str, float]:

@@ -81,7 +81,7 @@ def export_onnx(
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if missing:
         raise UserError(
-            f"{' and '.join(missing)} not installed: pip install 'condconv-detection[export]'"
+            f"format=onnx needs {' and '.join(missing)}: pip install 'condconv-detection[export]'"
         )
     program = torch.onnx.export(
         export_program(detector),

@@ -93,7 +93,10 @@ def test_a_missing_value_is_named():
         plain(OmegaConf.create({"model": {"width": "???"}}))
 
 
-@pytest.mark.parametrize("script", ["train_det.py", "eval_det.py", "visualize_det.py"])
+@pytest.mark.parametrize(
+    "script",
+    ["train_det.py", "eval_det.py", "visualize_det.py", "detection/export/__main__.py"],
+)
 def test_help_and_mistakes_answer_without_torch(script: str):
     """Importing torch takes seconds; --help must not."""
     root = Path(__file__).parents[2]
@@ -102,7 +105,7 @@ def test_help_and_mistakes_answer_without_torch(script: str):
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "finally: assert 'torch' not in sys.modules"
     )
-    for word, status, text in (("--help", 0, "data"), ("devicee=cpu", 1, "did you mean")):
+    for word, status, text in (("--help", 0, "checkpoint"), ("devicee=cpu", 1, "did you mean")):
         process = subprocess.run(
             [sys.executable, "-c", code, str(root / script), word],
             cwd=root,

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from detection.checkpoint import load_checkpoint, load_model
+from detection.errors import UserError
+from detection.export.formats import ExportedDetector, export_onnx, export_torch
+from detection.structures import Detections
+
+Export = Callable[..., Path]
+
+
+def load(file: Path, images: str = "uint8", outputs: str = "detections") -> ExportedDetector:
+    """What the file must compute, from the checkpoint beside it."""
+    parts = load_model(load_checkpoint(file.with_name(f"{file.name.split('.')[0]}.pt")))
+    return ExportedDetector(parts, images=images, outputs=outputs)  # pyright: ignore
+
+
+def start(file: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(file, options)
+
+
+def photographs(real_data: Path, batch: int, size: int = 64) -> Tensor:
+    files = sorted((real_data / "coco128" / "images").glob("*.jpg"))[:batch]
+    pictures = [Image.open(file).convert("RGB").resize((size, size)) for file in files]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def assert_same_detections(actual: Detections, expected: Detections) -> None:
+    """Equal, but for the order and the cutting off of those with almost the same score."""
+    assert torch.equal(actual.valid, expected.valid) and expected.valid.any(1).all()
+    torch.testing.assert_close(actual.scores, expected.scores, rtol=0, atol=1e-4)
+    same = actual.labels[:, :, None] == expected.labels[:, None]
+    same &= (actual.scores[:, :, None] - expected.scores[:, None]).abs() < 1e-4
+    same &= (actual.boxes[:, :, None] - expected.boxes[:, None]).abs().amax(-1) < 0.01
+    certain = expected.scores > expected.scores.amin(1, keepdim=True) + 1e-4
+    assert certain.float().mean() > 0.9
+    assert same.any(1)[certain].all() and same.any(2)[certain].all()
+
+
+@pytest.mark.parametrize("model", ["ssd", "retinanet"])
+def test_onnx_detects_the_same(export_model: Export, real_data: Path, model: str) -> None:
+    file = export_model(model)
+    session = start(file)
+    for batch in (1, 3, 8):
+        images = photographs(real_data, batch)
+        with torch.no_grad():
+            expected = Detections(*load(file)(images))
+        found = session.run(["boxes", "scores", "labels", "valid"], {"images": images.numpy()})
+        assert_same_detections(Detections(*map(torch.from_numpy, found)), expected)
+
+
+def test_raw_outputs_of_normalised_images(export_model: Export, real_data: Path) -> None:
+    file = export_model("static_ssd", "outputs=raw", "images=float32")
+    session = start(file)
+    detector = load(file, "float32", "raw")
+    for batch in (1, 3, 8):
+        images = detector.preprocess(photographs(real_data, batch))
+        with torch.no_grad():
+            boxes, scores = detector(images)
+        found = session.run(["boxes", "scores"], {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found[0]), boxes, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(torch.from_numpy(found[1]), scores, rtol=0, atol=1e-4)
+    assert scores.std() > 0.1  # pyright: ignore
+
+
+def test_one_expert_gives_a_static_graph(export_model: Export) -> None:
+    graph = onnx.load(export_model("static_ssd", "outputs=raw", "images=float32")).graph
+    operators = {node.op_type for node in graph.node}
+    assert "Conv" in operators
+    assert not operators & {"BatchNormalization", "Gemm", "MatMul", "Einsum"}
+
+
+def test_the_file_says_how_to_use_it(export_model: Export) -> None:
+    model = onnx.load(export_model("retinanet"))
+    (images,) = model.graph.input
+    shape = images.type.tensor_type.shape.dim
+    assert images.name == "images" and images.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert shape[0].dim_param == "batch" and [d.dim_value for d in shape[1:]] == [3, 64, 64]
+    assert [value.name for value in model.graph.output] == ["boxes", "scores", "labels", "valid"]
+    assert "NonMaxSuppression" in {node.op_type for node in model.graph.node}
+    assert {node.domain for node in model.graph.node} == {""}
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(metadata.pop("names"))[0] == "circle"
+    assert metadata == {
+        "input_size": "64",
+        "resize": "letterbox-centered",
+        "fill": "[128, 128, 128]",
+        "mean": "[127.5, 127.5, 127.5]",
+        "std": "[127.5, 127.5, 127.5]",
+        "images": "uint8",
+        "outputs": "detections",
+    }
+
+
+def test_a_program_of_torch_export(export_model: Export, real_data: Path, tmp_path: Path) -> None:
+    detector = load(export_model("ssd"))
+    export_torch(detector, {"input_size": "64"}, tmp_path / "ssd.pt2")
+    extra = {"metadata.json": ""}
+    program = torch.export.load(tmp_path / "ssd.pt2", extra_files=extra).module()
+    assert json.loads(extra["metadata.json"]) == {"input_size": "64"}
+    for batch in (1, 3):
+        images = photographs(real_data, batch)
+        with torch.no_grad():
+            expected = Detections(*detector(images))
+            assert_same_detections(Detections(*program(images)), expected)
+
+
+def test_without_onnx(
+    export_model: Export, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    detector = load(export_model("ssd"))
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"needs onnxscript: pip install '.*\[export\]'"):
+        export_onnx(detector, {}, tmp_path / "ssd.onnx")
