@@ -13,6 +13,7 @@ from pycocotools.cocoeval import COCOeval
 
 from detection.checkpoint import load_checkpoint, read_categories, save_checkpoint
 from detection.errors import UserError
+from detection.evaluation.coco import METRIC_NAMES
 from eval_det import evaluate_checkpoint
 
 
@@ -59,6 +60,21 @@ def test_the_weights_and_the_split_can_be_chosen(
     assert evaluate(checkpoint, "split=train")["loss"] != averaged
     with pytest.raises(UserError, match="split=test: give one of train, val"):
         evaluate(checkpoint, "split=test")
+
+
+def test_an_exported_file_gives_the_metrics_of_its_checkpoint(
+    export_model: Callable[..., Path], evaluate: Callable[..., dict[str, Any]], shapes_root: Path
+):
+    file = export_model("ssd")
+    with pytest.raises(UserError, match="names no data: give data=coco"):
+        evaluate(f"checkpoint={file}")
+    # Of the network's size: the two ways of resizing round apart, and random weights tell.
+    data = ["data=shapes", f"data.root={shapes_root}", "data.num_val=8", "data.image_size=[64,64]"]
+    found = evaluate(f"checkpoint={file}", *data)
+    expected = evaluate(f"checkpoint={file.with_suffix('.pt')}", *data)
+    assert found["AR100"] > 0.01
+    for name in METRIC_NAMES:
+        assert found[name] == pytest.approx(expected[name], abs=1e-3), name
 
 
 def test_plain_pycocotools_reproduces_the_metrics_on_real_images(

@@ -68,9 +68,7 @@ def export_program(detector: ExportedDetector) -> torch.export.ExportedProgram:
         return torch.export.export(detector, (detector.example(),), dynamic_shapes=({0: batch},))
 
 
-def export_onnx(
-    detector: ExportedDetector, metadata: dict[str, str], path: str | Path
-) -> None:
+def export_onnx(detector: ExportedDetector, metadata: dict[str, str], path: str | Path) -> None:
     """Write an ONNX file, its weights inside, `metadata` as its metadata properties.
 
     torch's exporter folds batch norm into the static convolutions that it follows.
@@ -100,9 +98,7 @@ def export_onnx(
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
-def export_torch(
-    detector: ExportedDetector, metadata: dict[str, str], path: str | Path
-) -> None:
+def export_torch(detector: ExportedDetector, metadata: dict[str, str], path: str | Path) -> None:
     """Write a file for `torch.export.load`, `metadata` in it as "metadata.json".
 
     With detections it holds an operator of this project: `import detection.postprocess` first.

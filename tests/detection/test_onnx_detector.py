@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -91,7 +90,7 @@ def test_every_kind_of_image(tmp_path: Path) -> None:
     assert len(detector.predict(kinds)) == 4
     assert len(detector.predict(str(tmp_path / "a.png"), score_threshold=0.6)[0].scores) == 1
     assert detector.predict([]) == []
-    with pytest.raises(UserError, match="cannot read none.jpg"):
+    with pytest.raises(UserError, match=r"cannot read none\.jpg"):
         detector.predict("none.jpg")
 
 
