@@ -112,13 +112,15 @@ class OnnxDetector:
         batch = np.stack([self._resize(picture) for picture in pictures])
         if self.takes_floats:
             batch = (batch - self.mean) / self.std
-        outputs = self.session.run(["boxes", "scores", "labels", "valid"], {"images": batch})
-        found = []
-        for picture, boxes, scores, labels, valid in zip(pictures, *outputs, strict=True):
-            kept = valid & (scores >= score_threshold)
-            restored = self._restore(boxes[kept], picture)
-            found.append(ArrayDetections(restored, scores[kept], labels[kept]))
-        return found
+        names = ["boxes", "scores", "labels", "valid"]
+        boxes, scores, labels, valid = map(np.asarray, self.session.run(names, {"images": batch}))
+        kept = valid & (scores >= score_threshold)
+        return [
+            ArrayDetections(
+                self._restore(boxes[i][kept[i]], picture), scores[i][kept[i]], labels[i][kept[i]]
+            )
+            for i, picture in enumerate(pictures)
+        ]
 
     def _resize(self, picture: Image.Image) -> np.ndarray:
         """The network's input: uint8 (3, S, S)."""
@@ -130,10 +132,10 @@ class OnnxDetector:
 
     def _restore(self, boxes: np.ndarray, picture: Image.Image) -> np.ndarray:
         """Boxes (N, 4) of the network's input in pixels of the picture."""
-        fitted, start = self._place(picture)
-        size = np.float32([*picture.size, *picture.size])
-        boxes = (boxes - np.float32([*start, *start])) * (size / np.float32([*fitted, *fitted]))
-        return boxes.clip(0, size)
+        size, fitted, start = (
+            np.array([*pair, *pair], np.float32) for pair in (picture.size, *self._place(picture))
+        )
+        return ((boxes - start) * (size / fitted)).clip(0, size)
 
     def _place(self, picture: Image.Image) -> tuple[tuple[int, int], tuple[int, int]]:
         """(width, height) of a picture in the network's input, and (left, top) of where it lies."""

@@ -154,8 +154,9 @@ def _translate_suppress(
     num_needed: int,
 ) -> Any:
     """`detection::suppress` in ONNX's operators."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
 
+    op: Any = opset18  # whose types know nothing of Python's lists
     # A box has a score in its own class, and 0, which takes no part, in the others.
     own_class = op.OneHot(labels, [num_classes], [0.0, 1.0], axis=1)
     chosen = op.NonMaxSuppression(

@@ -11,12 +11,15 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from detection.build import ModelParts
 from detection.checkpoint import load_checkpoint, load_model
 from detection.errors import UserError
 from detection.export.formats import ExportedDetector, export_onnx, export_torch
-from detection.structures import Detections
+from detection.postprocess import Postprocess
+from detection.preprocess import Preprocess
+from detection.structures import Detections, RawPredictions
 
 Export = Callable[..., Path]
 
@@ -61,6 +64,45 @@ def test_onnx_detects_the_same(export_model: Export, real_data: Path, model: str
             expected = Detections(*load(file)(images))
         found = session.run(["boxes", "scores", "labels", "valid"], {"images": images.numpy()})
         assert_same_detections(Detections(*map(torch.from_numpy, found)), expected)
+
+
+class Pixels(nn.Module):
+    """Takes its predictions from the pixels: 384 anchors in heaps, 4 classes, 2 levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        corners = torch.rand(384, 2, generator=torch.Generator().manual_seed(0)) * 30 - 4
+        self.register_buffer("anchors", torch.cat([corners, corners + 8], dim=1))
+
+    def forward(self, images: Tensor) -> RawPredictions:
+        deltas, logits = images.flatten(1).chunk(2, dim=1)
+        shape = (images.shape[0], 384, 4)
+        anchors = self.get_buffer("anchors")
+        return RawPredictions(deltas.reshape(shape), logits.reshape(shape), anchors,
+                              num_background=0, level_sizes=(256, 128))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "postprocess",
+    [
+        Postprocess(num_candidates=200, max_detections=50, iou_threshold=0.3),
+        # Fewer are found than there is place for; some lie outside of the image.
+        Postprocess(num_candidates=60, score_threshold=0.9, per_level=True, clip_first=True),
+    ],
+)
+def test_suppression_in_onnx(postprocess: Postprocess, tmp_path: Path) -> None:
+    parts = ModelParts(Pixels(), Preprocess(input_size=32), nn.Identity(), postprocess)
+    detector = ExportedDetector(parts, images="float32", outputs="detections")
+    export_onnx(detector, {}, tmp_path / "pixels.onnx")
+    session = start(tmp_path / "pixels.onnx")
+    for batch in (1, 3, 8):
+        images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
+        with torch.no_grad():
+            expected = detector(images)
+        assert expected[3].all() == (postprocess.max_detections == 50)
+        found = session.run(None, {"images": images.numpy()})
+        for own, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(own), other, rtol=1e-5, atol=1e-5)
 
 
 def test_raw_outputs_of_normalised_images(export_model: Export, real_data: Path) -> None:
