@@ -140,15 +140,24 @@ def real_data() -> Path:
 
 
 EXPORTED = {
-    "ssd": ["model.width=0.25", "model.num_experts=2", "model.input_size=64"],
-    "static_ssd": ["model.width=0.25", "model.num_experts=1", "model.input_size=64"],
-    "retinanet": [
+    "ssd": ["model.width=0.25", "model.num_experts=2"],
+    "static_ssd": ["model.width=0.25", "model.num_experts=1"],
+    "ssdlite": ["model=ssdlite320_mobilenet_v1", "model.width=0.25", "model.num_experts=2"],
+    "efficientnet": ["model=ssdlite320_mobilenet_v1", "model/backbone=efficientnet_cc_b0"],
+    "fpnlite": [
         "model=retinanet_mobilenet_v1_fpnlite",
         "model.width=0.25",
         "model.num_experts=2",
-        "model.input_size=64",
         "model.head.num_convs=1",
         "model.preprocess.centered=true",
+    ],
+    "retinanet": [
+        "model=retinanet",
+        "model.backbone.name=resnet18",
+        "model.num_experts=2",
+        "model.pyramid.channels=64",
+        "model.head.num_convs=1",
+        "model.postprocess.score_threshold=1e-8",
     ],
 }
 
@@ -174,7 +183,8 @@ def export_model(
     def save(name: str) -> Path:
         path = folder / f"{name}.pt"
         if not path.exists():
-            model = plain(compose_config("train", EXPORTED[name]))["model"]
+            overrides = [*EXPORTED[name], "model.input_size=64"]
+            model = plain(compose_config("train", overrides))["model"]
             torch.manual_seed(0)
             network = build_model(model, len(CLASSES)).network
             for layer in network.class_layers:
@@ -195,7 +205,7 @@ def export_model(
     @cache
     def export_model(name: str, *overrides: str) -> Path:
         checkpoint = save(name)
-        output = folder / f"{name}{''.join(overrides)}.onnx"
+        output = folder / ".".join([name, *overrides, "onnx"])
         return export(
             compose_config("export", [f"checkpoint={checkpoint}", f"output='{output}'", *overrides])
         )

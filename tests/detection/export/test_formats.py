@@ -54,7 +54,17 @@ def assert_same_detections(actual: Detections, expected: Detections) -> None:
     assert same.any(1)[certain].all() and same.any(2)[certain].all()
 
 
-@pytest.mark.parametrize("model", ["ssd", "retinanet"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "ssd",
+        "fpnlite",
+        *(
+            pytest.param(m, marks=pytest.mark.slow)
+            for m in ("ssdlite", "efficientnet", "retinanet")
+        ),
+    ],
+)
 def test_onnx_detects_the_same(export_model: Export, real_data: Path, model: str) -> None:
     file = export_model(model)
     session = start(file)
@@ -127,7 +137,7 @@ def test_one_expert_gives_a_static_graph(export_model: Export) -> None:
 
 
 def test_the_file_says_how_to_use_it(export_model: Export) -> None:
-    model = onnx.load(export_model("retinanet"))
+    model = onnx.load(export_model("fpnlite"))
     (images,) = model.graph.input
     shape = images.type.tensor_type.shape.dim
     assert images.name == "images" and images.type.tensor_type.elem_type == onnx.TensorProto.UINT8
