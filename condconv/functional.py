@@ -451,6 +451,16 @@ def _gather_patches(
     kernel_size = (weight.shape[3], weight.shape[4])
     if kernel_size == (1, 1) and padding == (0, 0):
         return x[:, :, :: stride[0], :: stride[1]].flatten(2)
+    if torch.compiler.is_exporting():
+        # `unfold` becomes gathers by index tables, which take longer than all the rest.
+        sizes = _output_size(x, weight, stride, padding, dilation)
+        rows, columns = (
+            [slice(i * gap, i * gap + (size - 1) * step + 1, step) for i in range(length)]
+            for length, size, step, gap in zip(kernel_size, sizes, stride, dilation, strict=True)
+        )
+        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+        patches = [x[:, :, row, column] for row in rows for column in columns]
+        return torch.stack(patches, dim=2).flatten(1, 2).flatten(2)
     return F.unfold(x, kernel_size, dilation, padding, stride)
 
 

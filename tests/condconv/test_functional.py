@@ -423,3 +423,29 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
     }
     with pytest.raises(ValueError, match=message):
         condconv2d(**(inputs | change))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("dilation", [1, (2, 1)])
+@pytest.mark.parametrize("padding", [0, (2, 1), "same"])
+@pytest.mark.parametrize("stride", [1, (2, 3)])
+@pytest.mark.parametrize("kernel_size", [(1, 1), (3, 3), (3, 2)])
+def test_an_export_computes_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+    kernel_size: tuple[int, int],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> None:
+    """Without the tracing: exported operations are plain ones, chosen by what traces."""
+    x, routing_weights = torch.randn(3, 4, 11, 9), torch.rand(3, 2)
+    weight = torch.randn(2, 8, 4 // groups, *kernel_size)
+
+    def convolve() -> Tensor:
+        return condconv2d(x, weight, routing_weights, stride=stride, padding=padding,
+                          dilation=dilation, groups=groups)  # fmt: skip
+
+    expected = convolve()
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    torch.testing.assert_close(convolve(), expected, rtol=1e-4, atol=1e-4)

@@ -101,9 +101,12 @@ def test_it_predicts_what_the_detector_does(export_model: Export) -> None:
     detector = OnnxDetector.from_file(file)
     assert detector.names == expected.names
     for own, other in zip(detector.predict(images), expected.predict(images), strict=True):
-        np.testing.assert_allclose(own.scores, other.scores.numpy(), atol=1e-4)
-        np.testing.assert_allclose(own.boxes[:20], other.boxes[:20].numpy(), atol=0.01)
-        assert (own.labels[:20] == other.labels[:20].numpy()).all()
+        boxes, scores, labels = (field.numpy() for field in other)
+        np.testing.assert_allclose(own.scores, scores, atol=1e-4)
+        # Almost equal scores may change places, or be the ones that are cut off.
+        same = (own.labels[:, None] == labels) & (np.abs(own.scores[:, None] - scores) < 1e-4)
+        same &= np.abs(own.boxes[:, None] - boxes).max(-1) < 0.01
+        assert same.any(1).mean() > 0.95 and len(labels) == 100
 
 
 def test_files_that_are_no_exported_detectors(export_model: Export, tmp_path: Path) -> None:
