@@ -17,6 +17,10 @@ class UnreadableImage(Exception):
     """An image file that gives no picture, or not the one that the annotations describe."""
 
 
+class MismatchedSize(UnreadableImage):
+    """A picture of another size than the annotations state."""
+
+
 def open_image(image: ImageLike) -> Image.Image:
     """The RGB picture of a path, a PIL image, or a uint8 array (H, W, 3) or (H, W).
 
@@ -51,7 +55,8 @@ def load_annotated_image(path: str | Path, size: tuple[int, int]) -> Image.Image
     the stated size and leaving it does not.
 
     Raises:
-        UnreadableImage: with the reason, if the file is broken or of another size.
+        UnreadableImage: with the reason, if the file is broken.
+        MismatchedSize: if it is of another size.
     """
     height, width = size
 
@@ -60,7 +65,7 @@ def load_annotated_image(path: str | Path, size: tuple[int, int]) -> Image.Image
         if stored != (width, height):
             image = ImageOps.exif_transpose(image)
         if image.size != (width, height):
-            raise ValueError(
+            raise MismatchedSize(
                 f"it is {stored[0]} x {stored[1]}, the annotations say {width} x {height}"
             )
         return image
@@ -72,6 +77,8 @@ def _read(path: str | Path, turn: Callable[[Image.Image], Image.Image]) -> Image
     try:
         with Image.open(path) as image:
             return _to_rgb(turn(image))
+    except MismatchedSize:
+        raise
     except UnidentifiedImageError:
         raise UnreadableImage("it is not an image") from None
     except Exception as error:

@@ -35,6 +35,7 @@ class CocoIndex:
         file_names: the file of each image.
         sizes: (height, width) of each image, as the JSON states them.
         problems: how many records were dropped, clipped or repaired, by kind.
+        first_cases: the first record of each kind of problem.
     """
 
     def __init__(self, images_dir: Path, annotations_file: Path) -> None:
@@ -45,7 +46,7 @@ class CocoIndex:
         self.file_names: list[str] = []
         self.sizes: list[tuple[int, int]] = []
         self.problems: Counter[str] = Counter()
-        self._first_cases: dict[str, str] = {}
+        self.first_cases: dict[str, str] = {}
 
     @classmethod
     def load(
@@ -90,7 +91,7 @@ class CocoIndex:
     def describe(self) -> list[str]:
         """A printable line for each kind of problem."""
         return [
-            f"{self.annotations_file.name}: {kind}: {count} (first: {self._first_cases[kind]})"
+            f"{self.annotations_file.name}: {kind}: {count} (first: {self.first_cases[kind]})"
             for kind, count in self.problems.items()
         ]
 
@@ -126,7 +127,7 @@ class CocoIndex:
 
     def _count(self, kind: str, case: str, count: int = 1) -> None:
         self.problems[kind] += count
-        self._first_cases.setdefault(kind, case)
+        self.first_cases.setdefault(kind, case)
 
     def _read_categories(self, records: list[Any]) -> None:
         for place, record in enumerate(records):
@@ -188,6 +189,7 @@ class CocoIndex:
     def _read_annotations(self, records: list[Any], known_ids: set[int]) -> None:
         places = {image_id: place for place, image_id in enumerate(self.image_ids)}
         labels = {category.id: label for label, category in enumerate(self.categories)}
+        taken_ids: set[int] = set()
         names: list[str] = []
         rows: list[tuple[int, int, bool, float, list[float]]] = []
         for place, record in enumerate(records):
@@ -212,8 +214,13 @@ class CocoIndex:
             if bbox[2] <= 0 or bbox[3] <= 0:
                 self._count("boxes with no area, dropped", name)
                 continue
-            if "id" not in record:
-                self._count("annotations without id, numbered", name)
+            own_id = record.get("id")
+            if not isinstance(own_id, int):
+                self._count("annotations without a whole number as id, numbered", name)
+            elif own_id in taken_ids:
+                self._count("annotations with the id of another, numbered", name)
+            else:
+                taken_ids.add(own_id)
             crowd, area = record.get("iscrowd"), record.get("area")
             if crowd not in (0, 1):
                 self._count("annotations without iscrowd, taken as 0", name)
