@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -22,6 +23,10 @@ from detection.structures import Category
 
 # Far beyond any pixel coordinate; also False for NaN, infinity and integers no float can hold.
 _COORDINATE_LIMIT = 1e9
+# Pillow opens no larger image: what states a larger one is wrong.
+_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
+# Control characters and halves of surrogate pairs, which could upset a terminal or a file system.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class CocoIndex:
@@ -144,8 +149,8 @@ class CocoIndex:
         """Returns the ids of all images in the JSON, those that `ids_file` leaves out included."""
         for place, record in enumerate(records):
             self._require(record, f"image {place}", id=int, file_name=str)
-            path = PurePosixPath(record["file_name"])
-            if not path.name or path.is_absolute() or ".." in path.parts:
+            path = PurePath(record["file_name"])
+            if not path.name or path.anchor or ".." in path.parts:
                 raise UserError(
                     f"{self.annotations_file}: image {record['id']} has the file_name "
                     f"{record['file_name']!r}, which is no file inside the image folder"
@@ -174,16 +179,24 @@ class CocoIndex:
 
     def _read_size(self, record: dict[str, Any]) -> tuple[int, int]:
         height, width = (record.get(key) for key in ("height", "width"))
-        if _is_number(height) and _is_number(width) and min(height, width) >= 1:
+        if (
+            _is_number(height)
+            and _is_number(width)
+            and min(height, width) >= 1
+            and height * width <= _MAX_PIXELS
+        ):
             return int(height), int(width)
-        self._count("images without width and height, read from the file", f"image {record['id']}")
+        self._count(
+            "images without a possible width and height, read from the file",
+            f"image {record['id']}",
+        )
         try:
             with Image.open(self.images_dir / record["file_name"]) as image:
                 return image.height, image.width
         except (OSError, Image.DecompressionBombError):
             raise UserError(
-                f"{self.annotations_file}: image {record['id']} has no width and height, and "
-                f"{record['file_name']!r} cannot be read to find them"
+                f"{self.annotations_file}: image {record['id']} has no possible width and height, "
+                f"and {record['file_name']!r} cannot be read to find them"
             ) from None
 
     def _read_annotations(self, records: list[Any], known_ids: set[int]) -> None:
@@ -270,9 +283,14 @@ class CocoIndex:
         for key, kind in types.items():
             if key not in record:
                 raise UserError(f'{fault} has no "{key}"')
-            if not isinstance(record[key], kind):
-                found = str(record[key])[:40]
+            value = record[key]
+            if not isinstance(value, kind):
+                found = str(value)[:40]
                 raise UserError(f'{fault} has "{key}" {found!r}, which is not {kind.__name__}')
+            if kind is int and not -(2**63) <= value < 2**63:
+                raise UserError(f'{fault} has an "{key}" of more than 64 bits')
+            if kind is str and _UNPRINTABLE.search(value):
+                raise UserError(f'{fault} has "{key}" {value!r}: take the control characters out')
 
     def _require_unique(self, values: Iterable[int | str], what: str) -> None:
         (value, count), *_ = Counter(values).most_common(1) or [(None, 0)]
@@ -311,7 +329,7 @@ def _read_text(file: Path) -> str:
 def _read_json(file: Path) -> Any:
     try:
         return json.loads(_read_text(file))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a ValueError also for thousands of digits
         raise UserError(f"{file}: it is not JSON ({error})") from None
 
 

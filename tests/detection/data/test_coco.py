@@ -3,11 +3,14 @@ from __future__ import annotations
 import copy
 import json
 import math
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -152,6 +155,19 @@ def test_unknown_references_are_counted(folder: Path, content: dict[str, Any]):
     ]
 
 
+@pytest.mark.parametrize("size", [(0, 8), (8, -1), (None, 8), (1e6, 1e6), ("8", 8)])
+def test_impossible_sizes_are_read_from_the_file(
+    folder: Path, content: dict[str, Any], size: tuple[Any, Any]
+):
+    """An image of 10^12 pixels that cannot be read could not be replaced by a black one."""
+    content["images"][0].update(zip(("width", "height"), size, strict=True))
+    index = load(folder, content)
+    assert index.sizes[0] == (30, 40)
+    assert list(index.problems) == [
+        "images without a possible width and height, read from the file"
+    ]
+
+
 def test_missing_fields_are_repaired(folder: Path, content: dict[str, Any]):
     for key in ("id", "area", "iscrowd"):
         del content["annotations"][2][key]
@@ -199,6 +215,7 @@ def test_bad_ids(folder: Path, content: dict[str, Any], text: str, part: str):
         ("{", "not JSON"),
         ("", "not JSON"),
         ("[" * 100_000, "not JSON"),
+        ("9" * 5000, "not JSON"),
         ("[]", "not in COCO format"),
         ("{}", '"images"'),
         ('{"images": [], "annotations": {}, "categories": []}', '"annotations"'),
@@ -225,9 +242,11 @@ def test_not_coco(folder: Path, text: str, part: str):
         ("images", [{"id": 1, "file_name": "../a.png"}], "'../a.png'"),
         ("images", [{"id": 1, "file_name": "/a.png"}], "'/a.png'"),
         ("images", [{"id": 1, "file_name": ""}], "''"),
-        ("images", [{"id": 1, "file_name": "no\nfile.png"}], "lacks 1 of the 1 images"),
+        ("images", [{"id": 2**63, "file_name": "a.png"}], "64 bits"),
+        ("categories", [{"id": 1, "name": "dog\n"}], "'dog\\n': take the control characters out"),
+        ("images", [{"id": 1, "file_name": "no\nfile.png"}], "control characters"),
         ("images", [{"id": 1, "file_name": "no/file.png"}], "lacks 1 of the 1 images"),
-        ("images", [{"id": 1, "file_name": "instances.json"}], "no width and height"),
+        ("images", [{"id": 1, "file_name": "instances.json"}], "no possible width and height"),
         ("annotations", [None], "annotation 0 is not an object"),
         ("annotations", [{"image_id": 7, "bbox": []}], 'annotation 0 has no "category_id"'),
     ],
@@ -238,6 +257,110 @@ def test_bad_records(
     content[section] = records
     line = error_line(folder, content)
     assert part in line and str(folder) in line
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(0, 9)
+    | st.sampled_from([2**63, -(2**63), 10**9, 10**400, 1e-300, 1e300])
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["a.png", "/a.png", "../a.png", "sub", "a\0.png", "\ud800/a.png", "x\n\x1b"]),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+
+
+@st.composite
+def mutated_files(draw: st.DrawFn) -> str:
+    """The text of a COCO file after some random changes."""
+    content = copy.deepcopy(CONTENT)
+    for _ in range(draw(st.integers(1, 4))):
+        where, key = draw(st.sampled_from(list_places(content)))
+        change = draw(st.sampled_from(["replace", "remove", "repeat", "move"]))
+        if change == "replace":
+            is_number = isinstance(where[key], (int, float))
+            where[key] = draw(
+                st.sampled_from([-1, 0, 0.5, 8, 1e9]) | VALUES if is_number else VALUES
+            )
+        elif change == "remove":
+            del where[key]
+        elif change == "repeat" and isinstance(where, list):
+            where.insert(key, copy.deepcopy(where[key]))
+        else:
+            other, other_key = draw(st.sampled_from(list_places(content)))
+            where[key] = copy.deepcopy(other[other_key])
+        if not list_places(content):
+            break
+    text = json.dumps(content)
+    if draw(st.integers(0, 9)) == 0:
+        start, length = draw(st.integers(0, len(text))), draw(st.integers(1, 50))
+        text = text[:start] + draw(st.text(max_size=3)) + text[start + length :]
+    return text
+
+
+def list_places(value: Any) -> list[tuple[Any, Any]]:
+    """Every item of every list and object, as (the list or object, index or key)."""
+    places = []
+    for key in value if isinstance(value, dict) else range(len(value)):
+        places.append((value, key))
+        if isinstance(value[key], (dict, list)):
+            places += list_places(value[key])
+    return places
+
+
+def check_any_file_loads_or_is_refused(folder: Path, text: str) -> None:
+    """A clean load that counts whatever it leaves out, or one line."""
+    (folder / "instances.json").write_text(text, encoding="utf-8", errors="replace")
+    try:
+        index = CocoIndex.load(images=folder, annotations=folder / "instances.json")
+    except UserError as error:
+        line = str(error)
+        assert is_one_line(line)
+        return
+    assert all(map(is_one_line, index.describe()))
+    assert all(is_one_line(name) for name in index.file_names)
+    assert all(is_one_line(category.name) for category in index.categories)
+    for i in range(len(index)):
+        assert not Path(index.file_names[i]).is_absolute()
+        height, width = index.sizes[i]
+        boxes, labels = index.boxes(i), index.labels(i)
+        assert len(boxes) == len(labels) and torch.isfinite(boxes).all()
+        assert (boxes >= 0).all() and (boxes[:, [0, 2]] <= width).all()
+        assert (boxes[:, [1, 3]] <= height).all() and (boxes[:, 2:] > boxes[:, :2]).all()
+        assert torch.isin(labels, torch.arange(len(index.categories))).all()
+    truth = index.ground_truth()
+    assert json.loads(json.dumps(truth, allow_nan=False)) == truth
+    torch.tensor([image["id"] for image in truth["images"]])
+    torch.tensor([category["id"] for category in truth["categories"]])
+    dropped = sum(count for kind, count in index.problems.items() if kind.endswith("dropped"))
+    assert dropped + len(truth["annotations"]) == len(json.loads(text)["annotations"])
+
+
+def is_one_line(text: str) -> bool:
+    """Whether a terminal takes it: no control characters, no halves of surrogate pairs."""
+    return not any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
+
+
+FUZZING = settings(
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@settings(FUZZING, derandomize=True, max_examples=100)
+@given(text=mutated_files())
+def test_mutated_files(folder: Path, text: str):
+    check_any_file_loads_or_is_refused(folder, text)
+
+
+@pytest.mark.slow
+@settings(FUZZING, max_examples=1000)
+@given(text=mutated_files())
+def test_many_mutated_files(folder: Path, text: str):
+    check_any_file_loads_or_is_refused(folder, text)
 
 
 def test_missing_files(folder: Path):
