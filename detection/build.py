@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any, NamedTuple
 
 from hydra.errors import InstantiationException
@@ -33,6 +33,8 @@ MODEL_TARGETS = frozenset(
         "detection.preprocess.Preprocess",
     }
 )
+# The same of its data.
+DATA_TARGETS = frozenset(f"detection.data.sources.{name}" for name in ("coco", "custom", "shapes"))
 # Keys beside a `backbone` section that say nothing themselves: keys of the sections refer to them.
 SHORTHANDS = frozenset({"width", "num_experts", "norm_momentum"})
 
@@ -95,12 +97,7 @@ def build_model(config: Mapping[str, Any], num_classes: int) -> ModelParts:
     left_out = {*parts, "weights", *(SHORTHANDS if "backbone" in config else ())}
     arguments = {key: value for key, value in config.items() if key not in left_out}
     for part in [arguments, *parts.values()]:
-        for target in [part.get("_target_"), *_nested_targets(list(part.values()))]:
-            if target not in MODEL_TARGETS:
-                raise UserError(
-                    f"the model config names {target!r}; "
-                    f"allowed are {', '.join(sorted(MODEL_TARGETS))}"
-                )
+        check_targets(part, MODEL_TARGETS, "model")
     configured = arguments.pop("num_classes", None)
     if configured is not None and configured != num_classes:
         raise UserError(
@@ -118,8 +115,24 @@ def build_model(config: Mapping[str, Any], num_classes: int) -> ModelParts:
     )
 
 
+def check_targets(config: Mapping[str, Any], allowed: Set[str], section: str) -> None:
+    """See that a config that may come from anywhere can call nothing but what is allowed.
+
+    Raises:
+        UserError: where it, or anything inside of it, names another target, or holds an
+            interpolation, which could make one.
+    """
+    for target in [config.get("_target_"), *_nested_targets(list(config.values()))]:
+        if target not in allowed:
+            raise UserError(
+                f"the {section} config names {target!r}; allowed are {', '.join(sorted(allowed))}"
+            )
+
+
 def _nested_targets(value: Any) -> Iterator[Any]:
-    """Every `_target_` inside of lists and mappings."""
+    """Every `_target_`, and every text with an interpolation, inside of lists and mappings."""
+    if isinstance(value, str) and "${" in value:
+        yield value
     if isinstance(value, Mapping):
         yield from (target for key, target in value.items() if key == "_target_")
     if isinstance(value, (Mapping, list)):

@@ -180,14 +180,20 @@ def find_data(config: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[
     """The `data` section to evaluate on: the one chosen now, else the checkpoint's own.
 
     Raises:
-        UserError: where there is neither.
+        UserError: where there is neither, or the checkpoint's names another source than ours.
     """
-    data = config.get("data") or checkpoint["config"].get("data")
+    if config.get("data"):
+        return config["data"]
+    data = checkpoint["config"].get("data")
     if data is None:
         raise UserError(
             "the checkpoint names no data: give data=coco data.root=DIR, or data=custom "
             "data.val.images=DIR data.val.annotations=FILE"
         )
+    # Here and not above: torch takes seconds to import.
+    from detection.build import DATA_TARGETS, check_targets
+
+    check_targets(split_data(data)[0], DATA_TARGETS, "checkpoint's data")
     return data
 
 

@@ -60,7 +60,8 @@ class CocoIndex:
         """Reads and checks a split.
 
         Args:
-            images: the folder of the images.
+            images: the folder of the images. No file name leads out of it; links inside of it are
+                followed, since who made the folder made them.
             annotations: a COCO JSON with `images`, `annotations` and `categories`.
             ids: a text file with one image id a line, or a JSON list of ids: only these images.
 

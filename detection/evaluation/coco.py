@@ -23,6 +23,7 @@ from rich.box import SIMPLE_HEAD
 from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from detection.errors import UserError
@@ -201,7 +202,8 @@ def _table(header: list[str], rows: list[list[str]]) -> Table:
         else:
             table.add_column(name, justify="right", no_wrap=True, min_width=5)
     for row in rows:
-        table.add_row(*row)
+        # Text, because class names could hold rich's markup.
+        table.add_row(*map(Text, row))
     return table
 
 

@@ -81,6 +81,8 @@ def test_class_counts_must_agree(make_config: Callable[..., Config]) -> None:
         ({"extra": [{"x": {"_target_": "os.system"}}]}, "'os.system'; allowed are"),
         ({"criterion": {"_target_": "os.system"}}, "'os.system'; allowed are"),
         ({"criterion": {}}, "None; allowed are"),
+        ({"extra": "${oc.create:{_target_:pathlib.Path}}"}, "pathlib.Path}}'; allowed are"),
+        ({"extra": [{"x": "${oc.env:HOME}"}]}, "HOME}'; allowed are"),
         ({"anchorz": 1}, "anchorz"),
         ({"backbone": {"_target_": "detection.models.backbones.MobileNetV1", "widht": 1}}, "widht"),
         (

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from detection.cli import check_overrides, config_dir, lay_over, plain
+from detection.cli import check_overrides, config_dir, find_data, lay_over, plain
 from detection.errors import UserError
 
 CONFIGS = config_dir()
@@ -91,6 +91,22 @@ def test_only_what_overrides_name_is_laid_over():
 def test_a_missing_value_is_named():
     with pytest.raises(UserError, match=r"model\.width"):
         plain(OmegaConf.create({"model": {"width": "???"}}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"_target_": "os.system"},
+        {"root": {"_target_": "os.system"}},
+        {"root": "${oc.create:{_target_:pathlib.Path}}"},
+    ],
+)
+def test_a_checkpoint_names_no_other_source_of_data(change: dict[str, Any]):
+    data = {"_target_": "detection.data.sources.coco", "root": "x", "augmentation": {}}
+    assert find_data({"data": None}, {"config": {"data": data}}) == data
+    with pytest.raises(UserError, match="allowed are detection.data.sources.coco"):
+        find_data({"data": None}, {"config": {"data": data | change}})
+    assert find_data({"data": change}, {"config": {"data": data}}) == change
 
 
 @pytest.mark.parametrize(

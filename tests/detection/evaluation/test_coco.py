@@ -256,7 +256,13 @@ def test_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("width", [80, 200])
 def test_table_shows_every_number(width: int) -> None:
     per_class = {
-        f"class {k:02d}": {"AP": k / 100, "AP50": -1.0, "AP75": 0.5, "AR100": 0.25, "num_boxes": k}
+        f"class [/] {k:02d}": {
+            "AP": k / 100,
+            "AP50": -1.0,
+            "AP75": 0.5,
+            "AR100": 0.25,
+            "num_boxes": k,
+        }
         for k in range(80)
     }
     values = {name: 0.1 + i / 1000 for i, name in enumerate(METRIC_NAMES)}
