@@ -130,7 +130,7 @@ def _suppress(
         scores: (B, N), falling.
         labels: (B, N).
         visible: (B, N) bool, what counts for `num_needed`.
-        num_classes: K.
+        num_classes: K, for the operator of other runtimes, which works by class.
         score_threshold: boxes of no higher score neither survive nor suppress.
         num_needed: an image may end with more, or with fewer where there are no more.
 
