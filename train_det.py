@@ -38,6 +38,7 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
         UserError: where the config, the data or a file is wrong.
     """
     # Imported when the config is known to be sound: torch takes seconds.
+    from contextlib import ExitStack
     from functools import partial
 
     import torch
@@ -46,7 +47,7 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
 
     from condconv import count_parameters
     from detection.build import build, build_model, build_partial
-    from detection.checkpoint import load_checkpoint, save_checkpoint
+    from detection.checkpoint import save_checkpoint
     from detection.data.coco import check_same_categories
     from detection.data.dataset import DetectionDataset
     from detection.data.sources import load_split
@@ -70,14 +71,18 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
     torch.use_deterministic_algorithms(settings.deterministic)
     console = Console()
 
-    with join_processes(settings.device) as processes:
+    with join_processes(settings.device) as processes, ExitStack() as stack:
         # Everything is checked and built before the run folder is touched.
         start_logging(console, None, is_main=processes.is_main)
         settings.check_shares(processes.world_size)
         folder = RunFolder(processes.share(content["run_dir"]))
-        checkpoint = load_checkpoint(folder.last) if content["resume"] else None
-        if checkpoint is None:
+        checkpoint = None
+        if not content["resume"]:
             folder.check_new()
+        else:
+            if processes.is_main:
+                stack.enter_context(folder.lock())
+            checkpoint = folder.load_newest(processes)
         source, augmentation = split_data(content["data"])
         splits = build(source)
         train_index, val_index = load_split(splits.train), load_split(splits.val)
@@ -110,6 +115,9 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
             state.load_state_dict(checkpoint, processes)
 
         if processes.is_main:
+            if checkpoint is None:
+                stack.enter_context(folder.lock())
+                folder.check_new()  # another run may have begun meanwhile
             folder.create(content)
             folder.cut_metrics(state.step)
         start_logging(console, folder.log, is_main=processes.is_main)

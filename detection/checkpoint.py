@@ -8,6 +8,7 @@ A checkpoint is a dict that `torch.load(weights_only=True)` reads: `version`, `m
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,20 +24,30 @@ from detection.structures import Category
 VERSION = 1
 
 
+class DamagedCheckpoint(UserError):
+    """A file that is not as it was written: cut short, or with other bytes."""
+
+
 def save_checkpoint(
     path: str | Path,
     *,
+    keep_old_as: Path | None = None,
     model: Mapping[str, Tensor],
     config: Mapping[str, Any],
     categories: Sequence[Category],
     ema: Mapping[str, Tensor] | None = None,
     **training_state: Any,
 ) -> None:
-    """Write a checkpoint; the file at `path` is always a whole one, the old or the new.
+    """Write a checkpoint; where that fails, the old one at `path` is untouched.
 
     Args:
+        keep_old_as: where the old one goes, in the same folder; None replaces it. A process killed
+            in between leaves none at `path`.
         config: plain containers, with the `model` section that `build_model` takes.
         training_state: tensors and plain values, kept as they are.
+
+    Raises:
+        UserError: where the file cannot be written.
     """
     path = Path(path)
     content = {
@@ -53,30 +64,35 @@ def save_checkpoint(
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+        if keep_old_as is not None and path.exists():
+            path.replace(keep_old_as)
         partial.replace(path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}") from error
+        if keep_old_as is not None and keep_old_as.exists() and not path.exists():
+            keep_old_as.replace(path)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(
+            f"cannot write {path}: {reason}; the file that was there is untouched: "
+            "make room, then go on"
+        ) from error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Raises:
-        UserError: where the file is missing, damaged or no checkpoint of this project.
+        DamagedCheckpoint: where the file is not as it was written.
+        UserError: where it is missing, cannot be read, or is no checkpoint of this project.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
+    _check_whole(path)
     try:
-        with ZipFile(path) as archive:  # torch does not compare the checksums that it writes
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} is not what was written")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # The readers answer a broken file with almost any exception.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged or no checkpoint: {reason}") from error
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
     needed = {"version", "model", "config", "categories"}
     if not isinstance(content, dict) or not needed <= content.keys():
         raise UserError(f"{path} is no checkpoint of this project: train_det.py writes them")
@@ -85,6 +101,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} has checkpoint version {content['version']}, this program reads {VERSION}"
         )
     return content
+
+
+def _check_whole(path: Path) -> None:
+    """Compares the checksums, which torch writes and does not read."""
+    try:
+        with ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except Exception as error:  # zipfile answers a broken file with almost any exception
+        raise DamagedCheckpoint(f"{path} is damaged or no checkpoint: {error}") from error
+    if damaged is not None:
+        raise DamagedCheckpoint(f"{path} is damaged: {damaged} is not as it was written")
 
 
 def read_categories(checkpoint: Mapping[str, Any]) -> tuple[Category, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +44,11 @@ def run_script(job: Callable[[DictConfig], object], *, config_name: str) -> None
             job(config)
         except UserError as error:
             fail(error)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            place = error.filename or "a file could not be written"
+            fail(UserError(f"{place}: {error.strerror}: make room; a run goes on with resume=true"))
 
     arguments = sys.argv[1:]
     if not {"--help", "-h", "--hydra-help", "--version"} & set(arguments):

@@ -89,9 +89,12 @@ def run(
 def start_script() -> Callable[..., subprocess.Popen[str]]:
     """Starts a script of the project as a user would, on one thread."""
 
-    def start(script: str, *arguments: str, launcher: Sequence[str] = (), cwd: Path = ROOT) -> Any:
+    def start(
+        script: str, *arguments: str, launcher: Sequence[str] = (), cwd: Path = ROOT, **options: Any
+    ) -> Any:
         return subprocess.Popen(
             [sys.executable, *launcher, str(ROOT / script), *arguments],
+            **options,
             cwd=cwd,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
+import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +39,15 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def list_checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
 def test_the_run_folder_is_whole(run: Callable[..., Path]):
     folder = run("trainer.steps=4", "trainer.evaluate_every=2", "logger=tensorboard")
     for name in ("config.yaml", "train.log", "metrics.jsonl", "metrics.json", "detections.json"):
         assert (folder / name).stat().st_size > 0, name
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
+    assert list_checkpoints(folder) == ["best.pt", "last.pt", "step_00000002.pt"]
     assert list((folder / "tensorboard").iterdir())
     assert (folder / "visualizations" / "overview.jpg").exists()
 
@@ -99,6 +108,140 @@ def test_resumed_equals_uninterrupted(run: Callable[..., Path]):
     assert steps == sorted(set(steps), key=lambda pair: (pair[1], pair[0] != "train"))
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def zero(path: Path) -> None:
+    content = path.read_bytes()
+    half = len(content) // 2
+    path.write_bytes(content[:half] + bytes(500) + content[half + 500 :])
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+):
+    common = ("trainer.checkpoint_every=1", "trainer.keep_last=3", "schedule.steps=6")
+    whole = run(*common, "trainer.steps=6", name="whole")
+    stopped = run(*common, "trainer.steps=4", name="stopped")
+    for number, (harms, resumed_from) in enumerate(
+        (
+            ((cut,), "step_00000003.pt"),
+            ((zero,), "step_00000003.pt"),
+            ((Path.unlink,), "step_00000003.pt"),  # killed between the two renames
+            ((cut, zero), "step_00000002.pt"),
+            ((cut, cut, cut), "best.pt"),
+        )
+    ):
+        folder = whole.with_name(str(number))
+        shutil.copytree(stopped, folder)
+        names = ("last.pt", "step_00000003.pt", "step_00000002.pt")
+        for harm, name in zip(harms, names, strict=False):
+            harm(folder / "checkpoints" / name)
+        run("resume=true", "trainer.steps=6", name=str(number))
+        printed = capsys.readouterr().out
+        assert re.search(rf"going on from \S*{resumed_from}, step \d\n", printed)
+        assert printed.count("is damaged") == sum(harm is not Path.unlink for harm in harms)
+        assert_equal_weights(whole, folder)
+        steps = [(line["kind"], line["step"]) for line in read_lines(folder)]
+        assert steps == sorted(set(steps), key=lambda pair: (pair[1], pair[0] != "train"))
+
+
+def test_no_whole_checkpoint_is_one_line(run: Callable[..., Path]):
+    folder = run("trainer.steps=1")
+    for name in list_checkpoints(folder):
+        cut(folder / "checkpoints" / name)
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        run("resume=true")
+
+
+@pytest.mark.parametrize("keep_last", [1, 3])
+def test_the_newest_checkpoints_and_the_best_are_kept(run: Callable[..., Path], keep_last: int):
+    folder = run(
+        "trainer.steps=6",
+        "trainer.evaluate_every=5",
+        "trainer.checkpoint_every=1",
+        f"trainer.keep_last={keep_last}",
+    )
+    earlier = {"step_00000004.pt": 4, "step_00000005.pt": 5} if keep_last == 3 else {}
+    assert list_checkpoints(folder) == ["best.pt", "last.pt", *earlier]
+    for name, step in {"last.pt": 6, **earlier}.items():
+        assert load_checkpoint(folder / "checkpoints" / name)["step"] == step
+    assert load_checkpoint(folder / "checkpoints" / "best.pt")["step"] in (5, 6)
+
+
+def test_a_full_disk_stops_a_run_that_then_goes_on(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    common = ("trainer.steps=5", "trainer.checkpoint_every=1", "trainer.keep_last=1")
+    whole = run(*common, name="whole")
+    save, num_saves = torch.save, 0
+
+    def fill_the_disk(content: Any, file: Any) -> None:
+        nonlocal num_saves
+        num_saves += 1
+        if num_saves == 4:
+            file.write(b"half a checkpoint")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", fill_the_disk)
+    with pytest.raises(UserError, match=r"cannot write .*last\.pt: No space left.*untouched"):
+        run(*common, name="full")
+    folder = whole.with_name("full")
+    assert list_checkpoints(folder) == ["last.pt"]
+    assert load_checkpoint(folder / "checkpoints" / "last.pt")["step"] == 3
+    monkeypatch.undo()
+    run("resume=true", name="full")
+    assert_equal_weights(whole, folder)
+
+
+@pytest.fixture
+def hold_lock() -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
+    """Starts a process that has the lock of a run folder, without the seconds that torch takes."""
+    processes: list[subprocess.Popen[str]] = []
+    code = (
+        "import fcntl, sys; file = open(sys.argv[1], 'a+'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "file.truncate(0); file.write('process 7 on host'); file.flush()\n"
+        "print(flush=True); sys.stdin.read()"
+    )
+
+    def hold(folder: Path) -> subprocess.Popen[str]:
+        folder.mkdir(exist_ok=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(folder / ".lock")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        assert process.stdout is not None
+        process.stdout.readline()
+        return process
+
+    yield hold
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_run_is_refused(
+    run: Callable[..., Path], tmp_path: Path, hold_lock: Callable[[Path], subprocess.Popen[str]]
+):
+    message = "run is in use by process 7 on host: stop that run"
+    holder = hold_lock(tmp_path / "run")
+    with pytest.raises(UserError, match=message):
+        run("trainer.steps=1")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    holder.kill()
+    holder.wait()
+    folder = run("trainer.steps=1")
+    hold_lock(folder)
+    with pytest.raises(UserError, match=message):
+        run("resume=true", "trainer.steps=2")
+    assert load_checkpoint(folder / "checkpoints" / "last.pt")["step"] == 1
+
+
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
     while not path.exists():
         assert process.poll() is None, "the run ended before it could be stopped"
@@ -129,23 +272,31 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert_equal_weights(whole, killed)
 
 
-def test_sigterm_saves_and_says_how_to_go_on(
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(
     tiny_model: list[str],
     tiny_data: list[str],
     tmp_path: Path,
     start_script: Callable[..., subprocess.Popen[str]],
+    number: int,
 ):
+    """Sent to the loaders' workers as well, as a terminal and a scheduler do, and often amid an
+    evaluation."""
     folder = tmp_path / "run"
+    options = ["trainer.steps=5000", "trainer.num_workers=1", "evaluation.num_workers=1"]
+    options += ["trainer.evaluate_every=2", f"run_dir={folder}"]
     process = start_script(
-        "train_det.py", *tiny_model, *tiny_data, "trainer.steps=5000", f"run_dir={folder}"
+        "train_det.py", *tiny_model, *tiny_data, *options, start_new_session=True
     )
     wait_for(folder / "metrics.jsonl", process)
-    process.terminate()
+    time.sleep(random.random())
+    os.killpg(process.pid, number)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0, printed
     step = load_checkpoint(folder / "checkpoints" / "last.pt")["step"]
     assert 0 < step < 5000
-    assert f"stopped at step {step}" in printed and "resume=true" in printed
+    assert f"stopped at step {step}; go on with: " in printed
+    assert f"python train_det.py run_dir={folder} resume=true" in printed
 
 
 def test_two_processes_give_the_losses_of_one(

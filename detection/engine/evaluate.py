@@ -16,6 +16,7 @@ from detection.data.transforms import EvalTransform
 from detection.detector import Detector, match_categories, unbatch
 from detection.engine.processes import Processes
 from detection.engine.run_folder import LOGGER
+from detection.engine.stop import ignore_signals
 from detection.evaluation.coco import CocoEvaluator, coco_results
 from detection.images import UnreadableImage, load_annotated_image
 from detection.onnx_detector import OnnxDetector
@@ -64,6 +65,7 @@ def evaluate(
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator(),
         pin_memory=processes.device.type == "cuda",
     )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.logging import RichHandler
 
+from detection.checkpoint import DamagedCheckpoint, load_checkpoint
+from detection.engine.processes import Processes
 from detection.errors import UserError
 
 LOGGER = logging.getLogger("detection")
@@ -34,6 +40,80 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.visualizations = self.path / "visualizations"
 
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Make the folder, and keep other runs out of it.
+
+        The lock goes with the process, however that ends. It is one of POSIX (`lockf`), because
+        `flock` would pass on to the loader's workers, which outlive a killed run for seconds.
+
+        Raises:
+            UserError: where another process has the lock, or nothing can be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {self.path}: {error}") from error
+        with file:
+            if sys.platform != "win32":
+                import fcntl
+
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if error.errno in (errno.EACCES, errno.EAGAIN):
+                        file.seek(0)
+                        holder = file.read() or "another run"
+                        raise UserError(
+                            f"{self.path} is in use by {holder}: stop that run, or give "
+                            "another run_dir"
+                        ) from error
+                    LOGGER.warning(
+                        "%s: its file system has no locks: start no second run", self.path
+                    )
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+    def numbered(self, step: int) -> Path:
+        """Where the checkpoint of a step goes when it is no longer the last."""
+        return self.last.with_name(f"step_{step:08d}.pt")
+
+    def list_numbered(self) -> list[Path]:
+        """The checkpoints before last.pt, newest first."""
+        return sorted(self.last.parent.glob("step_*.pt"), reverse=True)
+
+    def load_newest(self, processes: Processes) -> dict[str, Any]:
+        """The newest whole checkpoint, the same one in all processes.
+
+        Raises:
+            UserError: where there is none, or one of another program.
+        """
+        path = self.last
+        content = None
+        if processes.is_main:
+            path, content = self._find_whole()
+        path = processes.share(path)
+        return load_checkpoint(path) if content is None else content
+
+    def _find_whole(self) -> tuple[Path, dict[str, Any]]:
+        """Damaged ones are put aside, so that none takes the place of a whole one later."""
+        for path in (self.last, *self.list_numbered(), self.best):
+            if not path.exists():
+                continue
+            try:
+                content = load_checkpoint(path)
+            except DamagedCheckpoint as error:
+                aside = path.replace(path.with_name(f"{path.name}.damaged"))
+                LOGGER.warning("%s; it is now %s", error, aside.name)
+                continue
+            if path != self.last:
+                LOGGER.warning("going on from %s, step %d", path, content["step"])
+            return path, content
+        raise UserError(f"{self.last.parent} holds no whole checkpoint: give another run_dir")
+
     def check_new(self) -> None:
         """Raise a UserError where a run lies there already."""
         if self.config.exists():
@@ -45,7 +125,9 @@ class RunFolder:
         """Make the folder and write the config into it."""
         try:
             self.last.parent.mkdir(parents=True, exist_ok=True)
-            self.config.write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+            partial = self.config.with_suffix(".tmp")
+            partial.write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+            partial.replace(self.config)
         except OSError as error:
             raise UserError(f"cannot write the run folder {self.path}: {error}") from error
 

@@ -33,6 +33,7 @@ class TrainerSettings:
         log_every: steps between lines of metrics.
         evaluate_every: steps between evaluations; the last step always has one.
         checkpoint_every: steps between writes of last.pt; None writes at evaluations.
+        keep_last: so many of the newest checkpoints are kept, last.pt among them; best.pt besides.
         early_stopping: stop after so many evaluations without a better AP; None never does.
         device: "auto", "cpu", "cuda" or "cuda:N".
     """
@@ -51,6 +52,7 @@ class TrainerSettings:
     log_every: int = 20
     evaluate_every: int = 500
     checkpoint_every: int | None = None
+    keep_last: int = 2
     early_stopping: int | None = None
     device: str = "auto"
 
@@ -90,7 +92,8 @@ class TrainerSettings:
             )
 
     def _check(self) -> None:
-        for name in ("steps", "batch_size", "num_micro_batches", "log_every", "evaluate_every"):
+        counts = ("steps", "batch_size", "num_micro_batches", "log_every", "evaluate_every")
+        for name in (*counts, "keep_last"):
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name}={getattr(self, name)}: give at least 1")
         for name in ("checkpoint_every", "early_stopping"):

@@ -28,3 +28,11 @@ class StopRequest:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = True
+
+
+def ignore_signals(worker: int) -> None:
+    """Leave a loader's worker alone: a signal to the whole group (Ctrl-C, a scheduler's SIGTERM) is
+    for the main process, which needs its workers for the step at hand and ends them itself."""
+    del worker
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import islice
@@ -25,7 +24,7 @@ from detection.engine.processes import Processes
 from detection.engine.run_folder import LOGGER, RunFolder
 from detection.engine.settings import TrainerSettings
 from detection.engine.state import TrainState
-from detection.engine.stop import StopRequest
+from detection.engine.stop import StopRequest, ignore_signals
 from detection.errors import UserError
 from detection.evaluation.coco import write_metrics, write_results
 
@@ -52,7 +51,8 @@ def run_training(
     Args:
         state: changed in place; its network is on the processes' device.
         evaluate: measures a network; metrics must hold `AP`.
-        save: called with a path and the state's dict, writes a checkpoint.
+        save: called with a path and the state's dict, writes a checkpoint; `keep_old_as` as in
+            `save_checkpoint`.
         seed: of the order of the images.
 
     Returns:
@@ -66,6 +66,7 @@ def run_training(
     set_training_mode(state.network, freeze_batch_norm=settings.freeze_batch_norm)
     meter = Meter(settings)
     unreadable: set[str] = set()
+    saved_step = state.step
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -113,7 +114,10 @@ def run_training(
                 if processes.is_main:
                     if is_best:
                         save(folder.best, **content)
-                    save(folder.last, **content)
+                    save(folder.last, keep_old_as=folder.numbered(saved_step), **content)
+                    for old in folder.list_numbered()[settings.keep_last - 1 :]:
+                        old.unlink()
+                    saved_step = state.step
     if unreadable:
         LOGGER.warning("%d images could not be read; others took their places", len(unreadable))
     if state.stale_evaluations == settings.early_stopping:
@@ -210,7 +214,7 @@ def make_loader(
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=settings.num_workers,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=ignore_signals,
         # A generator of its own: the loader would draw from the default one.
         generator=torch.Generator(),
         pin_memory=processes.device.type == "cuda",
@@ -306,9 +310,3 @@ def _report_unreadable(batches: list[Batch], known: set[str]) -> None:
     for name in {name for batch in batches for name in batch.unreadable} - known:
         known.add(name)
         LOGGER.warning("cannot read %s: another image takes its place", name)
-
-
-def _ignore_interrupt(worker: int) -> None:
-    # Ctrl-C reaches the whole process group: the main process decides what becomes of it.
-    del worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

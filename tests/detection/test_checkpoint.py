@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import errno
+import os
+import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from detection.checkpoint import load_checkpoint, save_checkpoint
+from detection.checkpoint import DamagedCheckpoint, load_checkpoint, save_checkpoint
 from detection.errors import UserError
 from detection.importers.backbone import read_state
 from detection.structures import Category
@@ -15,9 +18,15 @@ from detection.structures import Category
 CATEGORIES = [Category(3, "a"), Category(7, "b")]
 
 
-def save(path: Path, value: float) -> None:
+def save(path: Path, value: float, **options: Any) -> None:
     model = {"weight": torch.full((3,), value)}
-    save_checkpoint(path, model=model, config={"model": {}}, categories=CATEGORIES, step=5)
+    save_checkpoint(
+        path, model=model, config={"model": {}}, categories=CATEGORIES, step=5, **options
+    )
+
+
+def read_weight(path: Path) -> list[float]:
+    return load_checkpoint(path)["model"]["weight"].tolist()
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path):
@@ -27,18 +36,55 @@ def test_what_is_saved_is_loaded(tmp_path: Path):
     assert torch.load(tmp_path / "a.pt", weights_only=True)["model"]["weight"].tolist() == [1] * 3
 
 
-def test_a_full_disk_leaves_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_old_file_is_kept_where_asked(tmp_path: Path):
+    for value in (1.0, 2.0):
+        save(tmp_path / "a.pt", value, keep_old_as=tmp_path / "old.pt")
+    assert read_weight(tmp_path / "a.pt") == [2] * 3
+    assert read_weight(tmp_path / "old.pt") == [1] * 3
+
+
+def limit_file_size(patch: pytest.MonkeyPatch) -> None:
+    """The kernel refuses to write, in the middle of torch.save."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def refuse_flush(patch: pytest.MonkeyPatch) -> None:
+    def fsync(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    patch.setattr(os, "fsync", fsync)
+
+
+def refuse_name(patch: pytest.MonkeyPatch) -> None:
+    replace = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return replace(self, target)
+
+    patch.setattr(Path, "replace", refuse)
+
+
+@pytest.mark.parametrize("keeps_old", [False, True])
+@pytest.mark.parametrize("fault", [limit_file_size, refuse_flush, refuse_name])
+def test_a_full_disk_leaves_the_old_file(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Callable[[pytest.MonkeyPatch], None],
+    keeps_old: bool,
+):
     save(tmp_path / "a.pt", 1.0)
-
-    def fill_the_disk(content: Any, file: Any) -> None:
-        file.write(b"half a checkpoint")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", fill_the_disk)
-    with pytest.raises(UserError, match=r"cannot write .*a\.pt.*No space left"):
-        save(tmp_path / "a.pt", 2.0)
-    assert load_checkpoint(tmp_path / "a.pt")["model"]["weight"].tolist() == [1] * 3
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    fault(monkeypatch)
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*a\.pt: (No space|File too)") as caught:
+            save(tmp_path / "a.pt", 2.0, keep_old_as=tmp_path / "old.pt" if keeps_old else None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+    assert read_weight(tmp_path / "a.pt") == [1] * 3
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path):
@@ -53,7 +99,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path):
     ]
     for other in damaged:
         (tmp_path / "a.pt").write_bytes(other)
-        with pytest.raises(UserError, match=r"a\.pt is damaged") as caught:
+        with pytest.raises(DamagedCheckpoint, match=r"a\.pt is damaged") as caught:
             load_checkpoint(tmp_path / "a.pt")
         assert "\n" not in str(caught.value)
 
@@ -79,7 +125,7 @@ class Payload:
 def test_a_file_runs_no_code(tmp_path: Path):
     content = {"weight": Payload(tmp_path / "touched")}
     torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(UserError, match="damaged or no checkpoint"):
+    with pytest.raises(UserError, match="cannot read"):
         load_checkpoint(tmp_path / "a.pt")
     with pytest.raises(UserError, match="cannot read"):
         read_state(tmp_path / "a.pt")

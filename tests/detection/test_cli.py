@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from detection.cli import check_overrides, config_dir, find_data, lay_over, plain
+from detection.cli import check_overrides, config_dir, find_data, lay_over, plain, run_script
 from detection.errors import UserError
 
 CONFIGS = config_dir()
@@ -133,6 +135,21 @@ def test_help_and_mistakes_answer_without_torch(script: str):
         assert process.returncode == status, process.stderr
         assert text in process.stdout + process.stderr
         assert "Traceback" not in process.stderr
+
+
+def test_a_full_disk_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def job(config: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+
+    monkeypatch.setattr(sys, "argv", ["train_det.py"])
+    with pytest.raises(SystemExit) as caught:
+        run_script(job, config_name="train")
+    assert caught.value.code == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: metrics.jsonl: No space left on device: make room")
+    assert printed.count("\n") == 1
 
 
 def test_sweep_gives_each_job_a_folder(
