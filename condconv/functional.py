@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,6 @@ from torch import Tensor
 
 Padding = int | tuple[int, int] | Literal["same", "valid"]
 Strategy = Literal["matmul", "grouped", "loop"]
-Options = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int, Strategy]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 # Measured on a CPU (float32, 8 experts).
@@ -25,6 +24,15 @@ MAX_GROUPED_BYTES = 32 * 2**20  # of the batch's mixed kernels, up to which one 
 MIXED_BYTES = 8 * 2**20  # mixed kernels at a time,
 MAX_EXAMPLES = 8  # of this many examples: with more, the stores of the mixing collide in the cache
 MIN_CHANNELS = 64  # smaller blocks make slow matrix products
+
+
+class _Geometry(NamedTuple):
+    """How a kernel is applied; the padding is of both sides. The order is that of `F.conv2d`."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
@@ -142,8 +150,8 @@ def condconv2d(
     with disable_autocast(device_type):
         if weight.shape[0] == 1 and strategy is None:
             # One expert: scaling the output is scaling the kernel.
-            x, options = _resolve(x, weight, stride, padding, dilation, groups, strategy)
-            y = F.conv2d(x, weight[0].to(x.dtype), None, *options[:4])
+            x, geometry, _ = _resolve(x, weight, stride, padding, dilation, groups, strategy)
+            y = F.conv2d(x, weight[0].to(x.dtype), None, *geometry)
             y = y * routing_weights.to(x.dtype)[:, :, None, None]
         elif torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             same = padding == "same"
@@ -152,8 +160,8 @@ def condconv2d(
                 x, weight, routing_weights, stride, pads, dilation, groups, same, strategy
             )
         else:
-            x, options = _resolve(x, weight, stride, padding, dilation, groups, strategy)
-            y = _execute(x, weight, routing_weights, *options)
+            x, geometry, strategy = _resolve(x, weight, stride, padding, dilation, groups, strategy)
+            y = _execute(x, weight, routing_weights, geometry, strategy)
         if bias is not None:
             y = y + (routing_weights @ bias.to(weight.dtype)).to(y.dtype)[:, :, None, None]
     if channels_last:
@@ -169,12 +177,12 @@ def _resolve(
     dilation: tuple[int, int],
     groups: int,
     strategy: Strategy | None,
-) -> tuple[Tensor, Options]:
+) -> tuple[Tensor, _Geometry, Strategy]:
     """The input with what a convolution cannot pad itself, and what is then left to know."""
     x, pads = pad_input(x, (weight.shape[3], weight.shape[4]), stride, padding, dilation)
-    output_size = _output_size(x, weight, stride, pads, dilation)
-    strategy = strategy or choose_strategy(x, weight, output_size, groups)
-    return x, (stride, pads, dilation, groups, strategy)
+    geometry = _Geometry(stride, pads, dilation, groups)
+    output_size = _output_size(x, weight, geometry)
+    return x, geometry, strategy or choose_strategy(x, weight, output_size, groups)
 
 
 def choose_strategy(
@@ -224,13 +232,15 @@ def _keeps_kernels(x: Tensor, weight: Tensor, strategy: Strategy) -> bool:
     return batch <= num_experts or batch * weight.numel() <= num_experts * x.numel()
 
 
-def _execute(x: Tensor, weight: Tensor, routing_weights: Tensor, *options: Any) -> Tensor:
+def _execute(
+    x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: _Geometry, strategy: Strategy
+) -> Tensor:
     inputs = (x, weight, routing_weights)
-    if _need_gradients(*inputs) and not _keeps_kernels(x, weight, options[-1]):
-        y = _Mixed.apply(*inputs, *options)
+    if _need_gradients(*inputs) and not _keeps_kernels(x, weight, strategy):
+        y = _Mixed.apply(*inputs, geometry, strategy)
         assert isinstance(y, Tensor)
         return y
-    return _Mixed.forward(*inputs, *options)
+    return _Mixed.forward(*inputs, geometry, strategy)
 
 
 class _Mixed(torch.autograd.Function):
@@ -246,19 +256,15 @@ class _Mixed(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         routing_weights: Tensor,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-        groups: int,
+        geometry: _Geometry,
         strategy: Strategy,
     ) -> Tensor:
-        options = (stride, padding, dilation)
         if strategy == "matmul" or x.shape[0] == 0:
-            patches = _gather_patches(x, weight, *options)
-            y = _matmul(patches, weight.flatten(2), routing_weights, groups)
-            return y.unflatten(2, _output_size(x, weight, *options))
+            patches = _gather_patches(x, weight, geometry)
+            y = _matmul(patches, weight.flatten(2), routing_weights, geometry.groups)
+            return y.unflatten(2, _output_size(x, weight, geometry))
         at_once = x.shape[0] if strategy == "grouped" else 1
-        return _convolve(x, weight, routing_weights, *options, groups, at_once)
+        return _convolve(x, weight, routing_weights, geometry, at_once)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -273,7 +279,7 @@ class _Mixed(torch.autograd.Function):
             grads = _differentiate(
                 grad_outputs[0], x, weight, routing_weights, *ctx.options, needs=needs
             )
-        return *grads, *[None] * 5
+        return *grads, None, None
 
 
 def _differentiate(
@@ -281,52 +287,38 @@ def _differentiate(
     x: Tensor,
     weight: Tensor,
     routing_weights: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
+    geometry: _Geometry,
     strategy: Strategy,
     needs: Sequence[bool],
 ) -> Gradients:
     """The gradients by x, weight and routing_weights, where needed."""
-    options = (stride, padding, dilation)
     if strategy == "matmul" or x.shape[0] == 0:
-        patches = _gather_patches(x, weight, *options)
+        patches = _gather_patches(x, weight, geometry)
         grad_patches, grad_weight, grad_routing = _differentiate_matmul(
-            grad_y.flatten(2), patches, weight.flatten(2), routing_weights, groups, needs
+            grad_y.flatten(2), patches, weight.flatten(2), routing_weights, geometry.groups, needs
         )
         return (
-            None if grad_patches is None else _scatter_patches(grad_patches, x, weight, *options),
+            None if grad_patches is None else _scatter_patches(grad_patches, x, weight, geometry),
             None if grad_weight is None else grad_weight.view_as(weight),
             grad_routing,
         )
     at_once = x.shape[0] if strategy == "grouped" else 1
-    return _differentiate_convolution(
-        grad_y, x, weight, routing_weights, *options, groups, at_once, needs
-    )
+    return _differentiate_convolution(grad_y, x, weight, routing_weights, geometry, at_once, needs)
 
 
 def _convolve(
-    x: Tensor,
-    weight: Tensor,
-    routing_weights: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    at_once: int,
+    x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: _Geometry, at_once: int
 ) -> Tensor:
     """`at_once` examples are the groups of one convolution."""
-    options = (stride, padding, dilation, groups)
     if at_once == x.shape[0]:  # a short way, as its overhead is felt in small layers
         kernels = _mix(weight, routing_weights, x.dtype, weight.shape[2:])
-        return _convolve_groups(x, kernels, *options)
+        return _convolve_groups(x, kernels, geometry)
     outputs = []
     step = _examples_at_once(weight, at_once)
     for part, weights in zip(_split(x, step), _split(routing_weights, step), strict=True):
         kernels = _mix(weight, weights, x.dtype, weight.shape[2:])
         outputs += [
-            _convolve_groups(examples, kernel, *options)
+            _convolve_groups(examples, kernel, geometry)
             for examples, kernel in zip(
                 _split(part, at_once), _split(kernels, at_once * weight.shape[1]), strict=True
             )
@@ -334,16 +326,10 @@ def _convolve(
     return _concatenate(outputs)
 
 
-def _convolve_groups(
-    x: Tensor,
-    kernels: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> Tensor:
+def _convolve_groups(x: Tensor, kernels: Tensor, geometry: _Geometry) -> Tensor:
     """x (B, C, H, W), kernels (B * O, C / G, kh, kw) -> (B, O, H', W'), in one convolution."""
     batch = x.shape[0]
+    stride, padding, dilation, groups = geometry
     y = F.conv2d(_join_examples(x), kernels, None, stride, padding, dilation, batch * groups)
     return y if batch == 1 else y.view(batch, -1, *y.shape[2:])
 
@@ -353,13 +339,11 @@ def _differentiate_convolution(
     x: Tensor,
     weight: Tensor,
     routing_weights: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
+    geometry: _Geometry,
     at_once: int,
     needs: Sequence[bool],
 ) -> Gradients:
+    *options, groups = geometry
     needs_x, needs_weight, needs_routing = needs
     needs_kernels = needs_weight or needs_routing
     grad_weight = None
@@ -382,9 +366,7 @@ def _differentiate_convolution(
                 _join_examples(examples),
                 kernel,
                 None,
-                stride,
-                padding,
-                dilation,
+                *options,
                 False,
                 (0, 0),
                 num * groups,
@@ -440,20 +422,15 @@ def _add_product(a: Tensor, b: Tensor, total: Tensor | None) -> Tensor:
     return a @ b if total is None else total.addmm_(a, b)
 
 
-def _gather_patches(
-    x: Tensor,
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> Tensor:
+def _gather_patches(x: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
     """x (B, C, H, W) -> (B, G * K, L)."""
+    stride, padding, dilation, _ = geometry
     kernel_size = (weight.shape[3], weight.shape[4])
     if kernel_size == (1, 1) and padding == (0, 0):
         return x[:, :, :: stride[0], :: stride[1]].flatten(2)
     if torch.compiler.is_exporting():
         # `unfold` becomes gathers by index tables, which take longer than all the rest.
-        sizes = _output_size(x, weight, stride, padding, dilation)
+        sizes = _output_size(x, weight, geometry)
         rows, columns = (
             [slice(i * gap, i * gap + (size - 1) * step + 1, step) for i in range(length)]
             for length, size, step, gap in zip(kernel_size, sizes, stride, dilation, strict=True)
@@ -464,15 +441,9 @@ def _gather_patches(
     return F.unfold(x, kernel_size, dilation, padding, stride)
 
 
-def _scatter_patches(
-    patches: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> Tensor:
+def _scatter_patches(patches: Tensor, x: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
     """The transpose of `_gather_patches`: (B, G * K, L) -> (B, C, H, W)."""
+    stride, padding, dilation, _ = geometry
     kernel_size = (weight.shape[3], weight.shape[4])
     if kernel_size == stride == (1, 1) and padding == (0, 0):
         return patches.view_as(x)
@@ -595,13 +566,8 @@ def _join_groups(tensor: Tensor, groups: int) -> Tensor:
     return tensor if groups == 1 else tensor.unflatten(0, (-1, groups)).flatten(1, 2)
 
 
-def _output_size(
-    x: Tensor,
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> tuple[int, int]:
+def _output_size(x: Tensor, weight: Tensor, geometry: _Geometry) -> tuple[int, int]:
+    stride, padding, dilation, _ = geometry
     *_, rows, columns = x.shape
     *_, kernel_rows, kernel_columns = weight.shape
     height = (rows + 2 * padding[0] - dilation[0] * (kernel_rows - 1) - 1) // stride[0] + 1
@@ -631,8 +597,8 @@ def _operator(
     Its graph then holds for every batch size, where inductor's convolution would fix the number of
     groups, and kernels are mixed in parts.
     """
-    x, options = _unpack(x, weight, stride, padding, dilation, groups, same, strategy)
-    return _Mixed.forward(x, weight, routing_weights, *options).contiguous()
+    x, geometry, choice = _unpack(x, weight, stride, padding, dilation, groups, same, strategy)
+    return _Mixed.forward(x, weight, routing_weights, geometry, choice).contiguous()
 
 
 @_operator.register_fake
@@ -650,7 +616,8 @@ def _(
     if same:
         size = [-(-size // step) for size, step in zip(x.shape[2:], stride, strict=True)]
     else:
-        size = _output_size(x, weight, pair(stride), pair(padding), pair(dilation))
+        geometry = _Geometry(pair(stride), pair(padding), pair(dilation), groups)
+        size = _output_size(x, weight, geometry)
     return x.new_empty(x.shape[0], weight.shape[1], *size)
 
 
@@ -668,8 +635,10 @@ def _operator_backward(
     strategy: str | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    padded, options = _unpack(x, weight, stride, padding, dilation, groups, same, strategy)
-    grad_x, *grads = _differentiate(grad_y, padded, weight, routing_weights, *options, needs)
+    padded, geometry, choice = _unpack(x, weight, stride, padding, dilation, groups, same, strategy)
+    grad_x, *grads = _differentiate(
+        grad_y, padded, weight, routing_weights, geometry, choice, needs
+    )
     if grad_x is not None:
         (height, width), (padded_height, padded_width) = x.shape[2:], padded.shape[2:]
         top, left = (padded_height - height) // 2, (padded_width - width) // 2
@@ -706,7 +675,7 @@ def _unpack(
     groups: int,
     same: bool,
     strategy: Any,
-) -> tuple[Tensor, Options]:
+) -> tuple[Tensor, _Geometry, Strategy]:
     """`_resolve` of an operator's arguments, which know fewer types."""
     pads = "same" if same else pair(padding)
     return _resolve(x, weight, pair(stride), pads, pair(dilation), groups, strategy)

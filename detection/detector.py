@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
 from detection.build import ModelParts
 from detection.checkpoint import load_checkpoint, load_model, read_categories
 from detection.errors import UserError
-from detection.images import ImageLike, open_image
+from detection.images import ImageLike, open_images
 from detection.structures import Category, Detections, ImageDetections, RawPredictions
 
 
@@ -87,8 +85,7 @@ class Detector:
         Returns:
             For each image its detections, best first.
         """
-        single = isinstance(images, (str, Path, Image.Image, np.ndarray))
-        pictures = [open_image(image) for image in ([images] if single else images)]
+        pictures = open_images(images)
         if not pictures:
             return []
         sizes = torch.tensor([[picture.height, picture.width] for picture in pictures])

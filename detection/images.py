@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,18 @@ class MismatchedSize(UnreadableImage):
     """A picture of another size than the annotations state."""
 
 
-def open_image(image: ImageLike) -> Image.Image:
-    """The RGB picture of a path, a PIL image, or a uint8 array (H, W, 3) or (H, W).
+def open_images(images: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:
+    """RGB pictures, of one or several paths, PIL images, or uint8 arrays (H, W, 3) or (H, W).
 
     Raises:
-        UserError: where it cannot be read, or is an array of another type.
+        UserError: where one cannot be read, or is an array of another type.
     """
+    if isinstance(images, (str, Path, Image.Image, np.ndarray)):
+        return [_open_image(images)]
+    return [_open_image(image) for image in images]
+
+
+def _open_image(image: ImageLike) -> Image.Image:
     if isinstance(image, (str, Path)):
         try:
             return load_image(image)

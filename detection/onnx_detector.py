@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from detection.errors import UserError
-from detection.images import ImageLike, open_image
+from detection.images import ImageLike, open_images
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -105,8 +105,7 @@ class OnnxDetector:
         Returns:
             For each image its detections, best first.
         """
-        single = isinstance(images, (str, Path, Image.Image, np.ndarray))
-        pictures = [open_image(image) for image in ([images] if single else images)]
+        pictures = open_images(images)
         if not pictures:
             return []
         batch = np.stack([self._resize(picture) for picture in pictures])

@@ -147,13 +147,15 @@ def _find_faults(
             description = f"reading images of {of.annotations_file.name}"
             return list(track(results, description, total=len(of), disable=not show_progress))
 
-        found = [fault for fault in for_each_image(_inspect, index) if fault]
+        # Both at once: the second then reads what the system still has in memory.
+        images = for_each_image(lambda of, i: (_inspect(of, i), _digest(of, i)), index)
+        found = [fault for fault, _ in images if fault]
         for kind in sorted({kind for kind, _ in found}):
             yield from _gather(kind, (case for other_kind, case in found if other_kind == kind))
 
         names: dict[bytes, str] = {}
         repeated = []
-        for name, digest in zip(index.file_names, for_each_image(_digest, index), strict=True):
+        for name, (_, digest) in zip(index.file_names, images, strict=True):
             if digest in names:
                 repeated.append(f"{name} is {names[digest]}")
             names.setdefault(digest, name)

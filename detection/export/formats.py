@@ -18,11 +18,11 @@ from detection.boxes import decode_boxes
 from detection.build import ModelParts
 from detection.errors import UserError
 from detection.preprocess import Letterbox, Preprocess
-from detection.structures import Category
+from detection.structures import Category, Detections
 
 Images = Literal["uint8", "float32"]
 Outputs = Literal["detections", "raw"]
-OUTPUT_NAMES = {"detections": ("boxes", "scores", "labels", "valid"), "raw": ("boxes", "scores")}
+OUTPUT_NAMES = {"detections": Detections._fields, "raw": ("boxes", "scores")}
 
 
 class ExportedDetector(nn.Module):

@@ -16,6 +16,7 @@ from detection.checkpoint import load_weights
 from detection.errors import UserError
 from detection.importers.tensorflow import load_slim_mobilenet_v1, read_variables
 from detection.importers.timm import load_timm_mobilenet_v1
+from detection.importers.torchvision import fetch_state
 from detection.models.backbones import (
     TimmBackbone,
     TorchvisionResNet,
@@ -108,11 +109,7 @@ def _download_timm(name: str) -> dict[str, Tensor]:
 
 def _read_torchvision(name: str, source: str | Path) -> dict[str, Tensor]:
     if source == PRETRAINED:
-        weights = get_model_weights(name)["DEFAULT"]
-        try:
-            state = weights.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"cannot download {weights.url}: {error}") from error
+        state = fetch_state(get_model_weights(name)["DEFAULT"])
     else:
         state = read_state(source)
     return {f"network.{key}": tensor for key, tensor in state.items() if not key.startswith("fc.")}

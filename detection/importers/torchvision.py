@@ -92,13 +92,21 @@ def download_weights(name: str) -> tuple[dict[str, Tensor], list[str]]:
             f"torchvision has no RetinaNet weights named {name}: "
             f"give {' or '.join(map(str, PUBLISHED))}"
         )
+    return _convert(fetch_state(weights), weights)
+
+
+def fetch_state(weights: WeightsEnum) -> dict[str, Tensor]:
+    """What torchvision publishes, from its cache or downloaded.
+
+    Raises:
+        UserError: where it cannot be had.
+    """
     try:
-        state = weights.get_state_dict(progress=False, check_hash=True)
+        return dict(weights.get_state_dict(progress=False, check_hash=True))
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"cannot download {weights.url}: {error}; fetch it elsewhere, and give the file"
         ) from error
-    return _convert(state, weights)
 
 
 def read_weights(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

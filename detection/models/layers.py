@@ -147,6 +147,15 @@ def join_levels(levels: Sequence[Tensor], size: int) -> Tensor:
     )
 
 
+def check_input(images: Tensor, input_size: int) -> None:
+    """Raise a ValueError where images (B, 3, H, W) have not the size of a network's input."""
+    if images.shape[-2:] != (input_size, input_size):
+        raise ValueError(
+            f"the network takes {input_size} x {input_size} images, "
+            f"got {images.shape[-2]} x {images.shape[-1]}"
+        )
+
+
 class Levels(Protocol):
     """A network that gives the feature maps it predicts from."""
 

@@ -18,6 +18,7 @@ from detection.models.backbones import Backbone
 from detection.models.layers import (
     ConvBlock,
     Norm,
+    check_input,
     join_levels,
     reset_conv,
     trace_levels,
@@ -91,11 +92,7 @@ class RetinaNet(nn.Module):
 
     def forward(self, images: Tensor) -> RawPredictions:
         """images (B, 3, S, S), normalised -> deltas (B, A, 4), logits (B, A, K)."""
-        if images.shape[-2:] != (self.input_size, self.input_size):
-            raise ValueError(
-                f"the network takes {self.input_size} x {self.input_size} images, "
-                f"got {images.shape[-2]} x {images.shape[-1]}"
-            )
+        check_input(images, self.input_size)
         deltas, logits = self.head(self.extract_levels(images))
         return RawPredictions(
             deltas,

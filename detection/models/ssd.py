@@ -14,7 +14,7 @@ from condconv import RoutedCondConv2d
 from condconv.backbones.mobilenet_v1 import ConvNormAct, RoutedBlock, scale_channels
 from detection.anchors import grid_anchors, ssd_anchor_sizes
 from detection.models.backbones import Backbone, MobileNetV1
-from detection.models.layers import join_levels, make_conv, reset_conv, trace_levels
+from detection.models.layers import check_input, join_levels, make_conv, reset_conv, trace_levels
 from detection.structures import RawPredictions
 
 
@@ -85,11 +85,7 @@ class SSD(nn.Module):
 
     def forward(self, images: Tensor) -> RawPredictions:
         """images (B, 3, S, S), normalised -> deltas (B, A, 4), logits (B, A, 1 + K)."""
-        if images.shape[-2:] != (self.input_size, self.input_size):
-            raise ValueError(
-                f"the network takes {self.input_size} x {self.input_size} images, "
-                f"got {images.shape[-2]} x {images.shape[-1]}"
-            )
+        check_input(images, self.input_size)
         levels = self.extract_levels(images)
         deltas = [predict(x) for predict, x in zip(self.box_predictors, levels, strict=True)]
         logits = [predict(x) for predict, x in zip(self.class_predictors, levels, strict=True)]
