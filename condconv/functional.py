@@ -6,7 +6,8 @@ elements of one output channel's kernel, L = H' * W' output positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -19,7 +20,8 @@ Strategy = Literal["matmul", "grouped", "loop"]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 # Measured on a CPU (float32, 8 experts).
-MAX_PATCHES = 64  # output positions up to which gathering the patches of a k x k kernel pays
+MAX_PATCHES = 128  # output positions up to which gathering the patches of a k x k kernel pays
+MAX_ROWS = 64  # output positions up to which products of rows pay: more are not worth a copy
 MAX_GROUPED_BYTES = 32 * 2**20  # of the batch's mixed kernels, up to which one convolution pays
 MIXED_BYTES = 8 * 2**20  # mixed kernels at a time,
 MAX_EXAMPLES = 8  # of this many examples: with more, the stores of the mixing collide in the cache
@@ -203,7 +205,10 @@ def choose_strategy(
 
 
 def _mix(
-    weight: Tensor, routing_weights: Tensor, dtype: torch.dtype, shape: Sequence[int]
+    weight: Tensor,
+    routing_weights: Tensor,
+    dtype: torch.dtype,
+    shape: Sequence[int],
 ) -> Tensor:
     """weight (E, O, ...), routing_weights (B, E) -> the kernels of all examples (-1, *shape)."""
     kernels = torch.mm(routing_weights, weight.flatten(1))
@@ -226,7 +231,7 @@ def _keeps_kernels(x: Tensor, weight: Tensor, strategy: Strategy) -> bool:
     """
     if torch.compiler.is_exporting():
         return True
-    if strategy == "matmul":
+    if strategy != "grouped":
         return False
     batch, num_experts = x.shape[0], weight.shape[0]
     return batch <= num_experts or batch * weight.numel() <= num_experts * x.numel()
@@ -263,8 +268,9 @@ class _Mixed(torch.autograd.Function):
             patches = _gather_patches(x, weight, geometry)
             y = _matmul(patches, weight.flatten(2), routing_weights, geometry.groups)
             return y.unflatten(2, _output_size(x, weight, geometry))
-        at_once = x.shape[0] if strategy == "grouped" else 1
-        return _convolve(x, weight, routing_weights, geometry, at_once)
+        if strategy == "grouped":
+            return _convolve(x, weight, routing_weights, geometry)
+        return _convolve_in_turn(x, weight, routing_weights, geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -306,32 +312,25 @@ def _differentiate(
     return _differentiate_convolution(grad_y, x, weight, routing_weights, geometry, at_once, needs)
 
 
-def _convolve(
-    x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: _Geometry, at_once: int
-) -> Tensor:
-    """`at_once` examples are the groups of one convolution."""
-    if at_once == x.shape[0]:  # a short way, as its overhead is felt in small layers
-        kernels = _mix(weight, routing_weights, x.dtype, weight.shape[2:])
-        return _convolve_groups(x, kernels, geometry)
-    outputs = []
-    step = _examples_at_once(weight, at_once)
-    for part, weights in zip(_split(x, step), _split(routing_weights, step), strict=True):
-        kernels = _mix(weight, weights, x.dtype, weight.shape[2:])
-        outputs += [
-            _convolve_groups(examples, kernel, geometry)
-            for examples, kernel in zip(
-                _split(part, at_once), _split(kernels, at_once * weight.shape[1]), strict=True
-            )
-        ]
-    return _concatenate(outputs)
-
-
-def _convolve_groups(x: Tensor, kernels: Tensor, geometry: _Geometry) -> Tensor:
-    """x (B, C, H, W), kernels (B * O, C / G, kh, kw) -> (B, O, H', W'), in one convolution."""
+def _convolve(x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: _Geometry) -> Tensor:
+    """All examples are the groups of one convolution."""
     batch = x.shape[0]
     stride, padding, dilation, groups = geometry
+    kernels = _mix(weight, routing_weights, x.dtype, weight.shape[2:])
     y = F.conv2d(_join_examples(x), kernels, None, stride, padding, dilation, batch * groups)
     return y if batch == 1 else y.view(batch, -1, *y.shape[2:])
+
+
+def _convolve_in_turn(
+    x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: _Geometry
+) -> Tensor:
+    y = None
+    for examples in _slices(x.shape[0], MAX_EXAMPLES):
+        kernels = _mix(weight, routing_weights[examples], x.dtype, weight.shape[1:])
+        for i, kernel in enumerate(kernels, examples.start):
+            y = _put(F.conv2d(x[i : i + 1], kernel, None, *geometry), y, i, x.shape[0])
+    assert y is not None
+    return y
 
 
 def _differentiate_convolution(
@@ -343,28 +342,24 @@ def _differentiate_convolution(
     at_once: int,
     needs: Sequence[bool],
 ) -> Gradients:
+    """`at_once` examples are the groups of one convolution."""
     *options, groups = geometry
     needs_x, needs_weight, needs_routing = needs
     needs_kernels = needs_weight or needs_routing
-    grad_weight = None
-    grads_x, grads_routing = [], []
-    step = _examples_at_once(weight, at_once)
-    for grad_part, part, weights in zip(
-        *(_split(tensor, step) for tensor in (grad_y, x, routing_weights)), strict=True
-    ):
-        kernels = _mix(weight, weights, x.dtype, weight.shape[2:])
-        grads_kernels = []
-        for grad, examples, kernel in zip(
-            _split(grad_part, at_once),
-            _split(part, at_once),
-            _split(kernels, at_once * weight.shape[1]),
-            strict=True,
-        ):
-            num = examples.shape[0]
-            grad_x, grad_kernel, _ = torch.ops.aten.convolution_backward(
-                _join_examples(grad),
-                _join_examples(examples),
-                kernel,
+    grad_x = grad_weight = grad_routing = None
+    batch = x.shape[0]
+    for examples in _slices(batch, max(at_once, MAX_EXAMPLES)):
+        weights = routing_weights[examples]
+        kernels = _mix(weight, weights, x.dtype, weight.shape[1:])
+        grad_kernels = None
+        for part in _slices(kernels.shape[0], at_once):
+            first = examples.start + part.start
+            inputs = x[first : first + at_once]
+            num = inputs.shape[0]
+            grad_inputs, grad, _ = torch.ops.aten.convolution_backward(
+                _join_examples(grad_y[first : first + at_once]),
+                _join_examples(inputs),
+                kernels[part].flatten(0, 1),
                 None,
                 *options,
                 False,
@@ -373,31 +368,19 @@ def _differentiate_convolution(
                 (needs_x, needs_kernels, False),
             )
             if needs_x:
-                grads_x.append(grad_x.reshape(examples.shape))
+                grad_x = _put(grad_inputs.reshape(inputs.shape), grad_x, first, batch)
             if needs_kernels:
-                grads_kernels.append(grad_kernel.reshape(num, -1))
-        if needs_kernels:
-            grad_kernels = _concatenate(grads_kernels).to(weight.dtype)
+                grad = grad.reshape(num, -1)
+                grad_kernels = _put(grad, grad_kernels, part.start, kernels.shape[0])
+        if grad_kernels is not None:
+            grad_kernels = grad_kernels.to(weight.dtype)
             if needs_weight:
-                grad_weight = _add_product(weights.t(), grad_kernels, grad_weight)
+                term = weights.t() @ grad_kernels
+                grad_weight = term if grad_weight is None else grad_weight + term
             if needs_routing:
-                grads_routing.append(grad_kernels @ weight.flatten(1).t())
-    return (
-        _concatenate(grads_x) if needs_x else None,
-        None if grad_weight is None else grad_weight.view_as(weight),
-        _concatenate(grads_routing) if needs_routing else None,
-    )
-
-
-def _examples_at_once(weight: Tensor, at_once: int) -> int:
-    """Examples to mix the kernels of, where `at_once` are convolved."""
-    return max(MAX_EXAMPLES, at_once) if _works_in_parts(weight) else at_once
-
-
-def _works_in_parts(weight: Tensor) -> bool:
-    """Whether to mix some kernels at a time: a static function of where the work is done."""
-    # An export gets one product: its graph neither grows nor depends on the batch.
-    return weight.device.type == "cpu" and not torch.compiler.is_exporting()
+                term = _contract(grad_kernels, weight.flatten(1))
+                grad_routing = _put(term, grad_routing, examples.start, batch)
+    return grad_x, None if grad_weight is None else grad_weight.view_as(weight), grad_routing
 
 
 def _join_examples(tensor: Tensor) -> Tensor:
@@ -405,21 +388,25 @@ def _join_examples(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[0] == 1 else tensor.reshape(1, -1, *tensor.shape[2:])
 
 
-def _split(tensor: Tensor, size: int, dim: int = 0) -> Sequence[Tensor]:
-    return (tensor,) if tensor.shape[dim] <= size else tensor.split(size, dim)
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(first, min(first + step, size)) for first in range(0, size, step)]
 
 
-def _concatenate(tensors: list[Tensor], dim: int = 0, as_rows: bool = False) -> Tensor:
-    """`torch.cat`; of tensors (B, O, L) that are laid out as (B, L, O) where `as_rows`."""
-    if len(tensors) == 1:
-        return tensors[0]
-    if as_rows:
-        return torch.cat([tensor.mT for tensor in tensors], 2 if dim == 1 else 0).mT
-    return torch.cat(tensors, dim)
+def _put(piece: Tensor, whole: Tensor | None, first: int, size: int) -> Tensor:
+    """Rows of a tensor of `size` rows, which the first piece makes; the last step of no copy."""
+    if piece.shape[0] == size:
+        return piece
+    if whole is None:
+        whole = piece.new_empty(size, *piece.shape[1:])
+    whole[first : first + piece.shape[0]] = piece
+    return whole
 
 
-def _add_product(a: Tensor, b: Tensor, total: Tensor | None) -> Tensor:
-    return a @ b if total is None else total.addmm_(a, b)
+def _contract(a: Tensor, b: Tensor) -> Tensor:
+    """a (B, n), b (E, n) -> a b^T (B, E), summed in parts: few long rows use one thread else."""
+    num_parts = math.gcd(a.shape[1], 64)
+    a, b = (tensor.unflatten(1, (num_parts, -1)).transpose(0, 1) for tensor in (a, b))
+    return torch.bmm(a, b.mT).sum(0)
 
 
 def _gather_patches(x: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
@@ -451,27 +438,16 @@ def _scatter_patches(patches: Tensor, x: Tensor, weight: Tensor, geometry: _Geom
 
 
 def _matmul(patches: Tensor, weight: Tensor, routing_weights: Tensor, groups: int) -> Tensor:
-    """patches (B, G * K, L), weight (E, O, K), routing_weights (B, E), G -> (B, O, L).
-
-    This and its derivative mix the kernels of some examples and some output channels at a time, so
-    that they stay in the cache.
-    """
-    examples, channels = _block_size(patches, weight, groups)
+    """patches (B, G * K, L), weight (E, O, K), routing_weights (B, E), G -> (B, O, L)."""
     as_rows = _are_rows(patches)
-    parts = [
-        (_split_groups(part, groups), weights)
-        for part, weights in zip(
-            _split(patches, examples), _split(routing_weights, examples), strict=True
-        )
-    ]
-    outputs = []
-    for block in _split(weight, channels, dim=1):
-        pieces = []
-        for part, weights in parts:
-            kernels = _split_groups(_mix(block, weights, part.dtype, block.shape[1:]), groups)
-            pieces.append(_join_groups(_multiply(kernels, part, as_rows), groups))
-        outputs.append(_concatenate(pieces, dim=0, as_rows=as_rows))
-    return _concatenate(outputs, dim=1, as_rows=as_rows)
+    if _works_in_parts(patches, weight, routing_weights, groups=groups):
+        y = _new_empty(patches, weight.shape[1], as_rows)
+        for examples, channels, buffer in _parts(patches, weight):
+            kernels = _mix_into(buffer, weight[:, channels], routing_weights[examples])
+            _multiply(kernels, patches[examples], as_rows, y[examples, channels])
+        return y
+    kernels = _split_groups(_mix(weight, routing_weights, patches.dtype, weight.shape[1:]), groups)
+    return _join_groups(_multiply(kernels, _split_groups(patches, groups), as_rows), groups)
 
 
 def _differentiate_matmul(
@@ -482,75 +458,119 @@ def _differentiate_matmul(
     groups: int,
     needs: Sequence[bool],
 ) -> Gradients:
-    needs_patches, needs_weight, needs_routing = needs
-    examples, channels = _block_size(patches, weight, groups)
-    as_rows = _are_rows(patches)
-    blocks = _split(weight, channels, dim=1)
-    grad_blocks: list[Any] = [None] * len(blocks)
-    grads_patches: list[Any] = []
-    grads_routing: list[Any] = []
-    for grad_part, part, weights in zip(
-        *(_split(tensor, examples) for tensor in (grad_y, patches, routing_weights)),
-        strict=True,
-    ):
-        part = _split_groups(part, groups)
-        grad_patches = grad_routing = None
-        for i, (block, grad) in enumerate(
-            zip(blocks, _split(grad_part, channels, dim=1), strict=True)
-        ):
-            grad = _split_groups(grad, groups)
-            if needs_patches:
-                kernels = _mix(block, weights, part.dtype, block.shape[1:])
-                kernels = _split_groups(kernels, groups)
-                grad_patches = _multiply(kernels.mT, grad, as_rows, grad_patches)
-            if needs_weight or needs_routing:
-                grad_kernels = _join_groups(torch.bmm(grad, part.mT), groups)
-                grad_kernels = grad_kernels.flatten(1).to(weight.dtype)
-                if needs_weight:
-                    grad_blocks[i] = _add_product(weights.t(), grad_kernels, grad_blocks[i])
-                if needs_routing:
-                    term = grad_kernels @ block.flatten(1).t()
-                    grad_routing = term if grad_routing is None else grad_routing + term
-        grads_patches.append(grad_patches)
-        grads_routing.append(grad_routing)
+    if _works_in_parts(grad_y, patches, weight, routing_weights, groups=groups):
+        return _differentiate_matmul_in_parts(grad_y, patches, weight, routing_weights, needs)
+    grad_patches = grad_weight = grad_routing = None
+    grad_y = _split_groups(grad_y, groups)
+    if needs[0]:
+        kernels = _mix(weight, routing_weights, patches.dtype, weight.shape[1:])
+        kernels = _split_groups(kernels, groups)
+        grad_patches = _join_groups(_multiply(kernels.mT, grad_y, _are_rows(patches)), groups)
+    if needs[1] or needs[2]:
+        grad_kernels = torch.bmm(grad_y, _split_groups(patches, groups).mT)
+        grad_kernels = _join_groups(grad_kernels, groups).flatten(1).to(weight.dtype)
+        grad_weight = (routing_weights.t() @ grad_kernels).view_as(weight) if needs[1] else None
+        grad_routing = _contract(grad_kernels, weight.flatten(1)) if needs[2] else None
+    return grad_patches, grad_weight, grad_routing
+
+
+def _works_in_parts(*tensors: Tensor, groups: int) -> bool:
+    """Whether to mix the kernels of some examples and some output channels at a time.
+
+    They stay in the cache of a CPU then. Results are written in place, which neither derivatives
+    nor transforms (`vmap`) can follow; an export gets one product: its graph neither grows nor
+    depends on the batch.
+    """
     return (
-        _join_groups(_concatenate(grads_patches, as_rows=as_rows), groups)
-        if needs_patches
-        else None,
-        torch.cat(
-            [grad.view_as(block) for grad, block in zip(grad_blocks, blocks, strict=True)], dim=1
-        )
-        if needs_weight
-        else None,
-        _concatenate(grads_routing) if needs_routing else None,
+        groups == 1
+        and tensors[0].shape[0] > 0
+        and tensors[0].device.type == "cpu"
+        and not _need_gradients(*tensors)
+        and not torch.compiler.is_exporting()
+        and not torch._C._are_functorch_transforms_active()
     )
 
 
-def _are_rows(patches: Tensor) -> bool:
-    """Whether to hold patches (B, K, L) and outputs as rows (B, L, K): a channels_last layout.
+def _parts(patches: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(examples, output channels, room for their mixed kernels (b, o, K))."""
+    num_examples, num_channels = _block_size(patches.shape[0], weight)
+    buffer = patches.new_empty(num_examples * num_channels * weight.shape[2])
+    for channels in _slices(weight.shape[1], num_channels):
+        for examples in _slices(patches.shape[0], num_examples):
+            shape = examples.stop - examples.start, channels.stop - channels.start, weight.shape[2]
+            yield examples, channels, buffer[: math.prod(shape)].view(shape)
 
-    Few patches make much faster products that way, many are not worth a copy.
-    """
+
+def _mix_into(kernels: Tensor, weight: Tensor, routing_weights: Tensor) -> Tensor:
+    """`_mix` written to kernels (B, O, K)."""
+    if kernels.dtype == weight.dtype:
+        torch.mm(routing_weights, weight.flatten(1), out=kernels.flatten(1))
+        return kernels
+    return kernels.copy_(torch.mm(routing_weights, weight.flatten(1)).view_as(kernels))
+
+
+def _differentiate_matmul_in_parts(
+    grad_y: Tensor,
+    patches: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    needs: Sequence[bool],
+) -> Gradients:
+    needs_patches, needs_weight, needs_routing = needs
+    as_rows = _are_rows(patches)
+    grad_patches = _new_empty(patches, patches.shape[1], as_rows) if needs_patches else None
+    grad_weight = torch.empty_like(weight) if needs_weight else None
+    grad_routing = torch.zeros_like(routing_weights) if needs_routing else None
+    for examples, channels, buffer in _parts(patches, weight):
+        grad, weights = grad_y[examples, channels], routing_weights[examples]
+        block = weight[:, channels]
+        if grad_patches is not None:
+            kernels = _mix_into(buffer, block, weights)
+            _multiply(kernels.mT, grad, as_rows, grad_patches[examples], add=channels.start > 0)
+        if needs_weight or needs_routing:
+            grad_kernels = torch.bmm(grad, patches[examples].mT, out=buffer)
+            grad_kernels = grad_kernels.flatten(1).to(weight.dtype)
+            if grad_weight is not None:
+                total = grad_weight[:, channels].flatten(1)
+                beta = int(examples.start > 0)
+                torch.addmm(total, weights.t(), grad_kernels, beta=beta, out=total)
+            if grad_routing is not None:
+                grad_routing[examples] += _contract(grad_kernels, block.flatten(1))
+    return grad_patches, grad_weight, grad_routing
+
+
+def _are_rows(patches: Tensor) -> bool:
+    """Whether to hold patches (B, K, L) and outputs as rows (B, L, K): a channels_last layout."""
     if torch.compiler.is_exporting():
         return False
-    return patches.shape[2] <= MAX_PATCHES or patches.stride(1) == 1
+    return patches.shape[2] <= MAX_ROWS or patches.stride(1) == 1
 
 
-def _multiply(a: Tensor, b: Tensor, as_rows: bool, total: Tensor | None = None) -> Tensor:
-    """a @ b, added to `total` in place where given; laid out as columns or as rows."""
+def _new_empty(patches: Tensor, channels: int, as_rows: bool) -> Tensor:
+    """(B, channels, L)."""
+    batch, _, positions = patches.shape
     if as_rows:
-        return _multiply(b.mT, a.mT, False, None if total is None else total.mT).mT
-    return torch.bmm(a, b) if total is None else total.baddbmm_(a, b)
+        return patches.new_empty(batch, positions, channels).mT
+    return patches.new_empty(batch, channels, positions)
 
 
-def _block_size(patches: Tensor, weight: Tensor, groups: int) -> tuple[int, int]:
-    """Examples and output channels to mix the kernels of at a time: a static function of shapes."""
-    batch, channels = patches.shape[0], weight.shape[1]
-    if not _works_in_parts(weight):
-        return batch, channels
-    examples = min(batch, MAX_EXAMPLES)
-    if groups > 1:
-        return examples, channels
+def _multiply(
+    a: Tensor, b: Tensor, as_rows: bool, out: Tensor | None = None, add: bool = False
+) -> Tensor:
+    """a @ b, laid out as columns or as rows; written (or added) to `out` where given."""
+    if as_rows:
+        return _multiply(b.mT, a.mT, False, None if out is None else out.mT, add).mT
+    # Under these names the counters of operations know them, not under those of methods.
+    if add:
+        return torch.baddbmm(out, a, b, out=out)  # pyright: ignore[reportArgumentType]
+    if out is None or out.is_contiguous():
+        return torch.bmm(a, b, out=out)
+    return out.copy_(torch.bmm(a, b))
+
+
+def _block_size(batch: int, weight: Tensor) -> tuple[int, int]:
+    """Examples and output channels to mix the kernels of at a time."""
+    examples, channels = min(batch, MAX_EXAMPLES), weight.shape[1]
     num_bytes = examples * weight[0].numel() * weight.element_size()
     num_blocks = min(-(-num_bytes // MIXED_BYTES), channels // MIN_CHANNELS)
     return examples, -(-channels // max(num_blocks, 1))

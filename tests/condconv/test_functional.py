@@ -167,6 +167,7 @@ def test_outputs_and_gradients_equal_the_loop(
         if small_blocks:
             use_small_blocks(patch)
             patch.setattr(functional, "MAX_PATCHES", 10)
+            patch.setattr(functional, "MAX_ROWS", 10)
         assert_equals_reference(case, strategy)
 
 
@@ -192,19 +193,15 @@ def test_an_empty_batch_gives_an_empty_output(strategy: str | None, groups: int)
 
 
 def test_kernels_are_mixed_in_even_blocks_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    def block_size(batch: int, groups: int = 1) -> tuple[int, int]:
-        patches, weight = torch.zeros(batch, 3 * groups, 5), torch.zeros(2, 100, 3)
-        return functional._block_size(patches, weight, groups)
-
-    assert block_size(3) == (3, 100)
-    assert block_size(30) == (8, 100)
+    weight = torch.zeros(2, 100, 3)
+    assert functional._block_size(3, weight) == (3, 100)
+    assert functional._block_size(30, weight) == (8, 100)
     monkeypatch.setattr(functional, "MIXED_BYTES", 8 * 30 * 3 * 4)
     monkeypatch.setattr(functional, "MIN_CHANNELS", 10)
-    assert block_size(30) == (8, 25)
-    assert block_size(4) == (4, 50)
-    assert block_size(30, groups=2) == (8, 100)
+    assert functional._block_size(30, weight) == (8, 25)
+    assert functional._block_size(4, weight) == (4, 50)
     monkeypatch.setattr(functional, "MIN_CHANNELS", 64)
-    assert block_size(30) == (8, 100)
+    assert functional._block_size(30, weight) == (8, 100)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +211,8 @@ def test_kernels_are_mixed_in_even_blocks_that_fit(monkeypatch: pytest.MonkeyPat
         (8, 3, 5, 1, "matmul"),
         (8, 3, 19, 1, "grouped"),
         (32, 3, 19, 1, "loop"),
-        (32, 3, 10, 1, "loop"),
+        (32, 3, 10, 1, "matmul"),
+        (32, 3, 12, 1, "loop"),
         (32, 3, 19, 256, "grouped"),
         (1, 1, 19, 1, "grouped"),
     ],
@@ -250,12 +248,10 @@ def test_second_derivatives(strategy: str, groups: int) -> None:
 
 
 @pytest.mark.usefixtures("_mixed_again")
-@pytest.mark.parametrize("max_patches", [0, 64])
-def test_second_derivatives_through_blocks(
-    monkeypatch: pytest.MonkeyPatch, max_patches: int
-) -> None:
+@pytest.mark.parametrize("max_rows", [0, 64])
+def test_second_derivatives_through_blocks(monkeypatch: pytest.MonkeyPatch, max_rows: int) -> None:
     use_small_blocks(monkeypatch)
-    monkeypatch.setattr(functional, "MAX_PATCHES", max_patches)
+    monkeypatch.setattr(functional, "MAX_ROWS", max_rows)
     case = make_case(batch=2, num_experts=2, size=(4, 4), padding=1)
 
     def function(*inputs: Tensor) -> Tensor:
@@ -282,7 +278,7 @@ def test_mixed_kernels_are_kept_only_where_small(
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         run(case, strategy)
     kernel_size = case.weight[0].numel()
-    assert bool(sizes & {kernel_size, batch * kernel_size}) == (kept and strategy != "matmul")
+    assert bool(sizes & {kernel_size, batch * kernel_size}) == (kept and strategy == "grouped")
 
 
 @pytest.mark.usefixtures("_mixed_again")
