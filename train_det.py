@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from detection.cli import hydra_overrides, job_number, lay_over, plain, run_script, split_data
+from detection.cli import (
+    find_model,
+    hydra_overrides,
+    job_number,
+    lay_over,
+    plain,
+    run_script,
+    split_data,
+)
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -67,6 +75,7 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
     if config.resume:
         config = lay_over(RunFolder(config.run_dir).read_config(), config, overrides)
     content = plain(config)
+    content["model"] = find_model(content["model"])
     settings = TrainerSettings.from_config(content["trainer"])
     torch.use_deterministic_algorithms(settings.deterministic)
     console = Console()

@@ -32,15 +32,15 @@ def pairwise_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
         (..., N, M); 0 where the union is empty.
     """
     left_a, top_a, right_a, bottom_a = boxes_a[..., :, None, :].unbind(-1)
-    # Each coordinate in a row: pairs of coordinates would take twice as long.
-    left_b, top_b, right_b, bottom_b = (
-        side.contiguous() for side in boxes_b[..., None, :, :].unbind(-1)
-    )
-    width = torch.minimum(right_a, right_b) - torch.maximum(left_a, left_b)
-    height = torch.minimum(bottom_a, bottom_b) - torch.maximum(top_a, top_b)
-    intersection = width.clamp(min=0) * height.clamp(min=0)
-    union = box_area(boxes_a)[..., :, None] + box_area(boxes_b)[..., None, :] - intersection
-    return torch.where(union > 0, intersection / union, torch.zeros_like(union))
+    # Each coordinate in a row: pairs of coordinates would take twice as long. Tables of all pairs
+    # are large: what is in one is overwritten.
+    left_b, top_b, right_b, bottom_b = boxes_b.movedim(-1, 0).contiguous()[..., None, :]
+    width = torch.minimum(right_a, right_b).sub_(torch.maximum(left_a, left_b)).clamp_(min=0)
+    height = torch.minimum(bottom_a, bottom_b).sub_(torch.maximum(top_a, top_b)).clamp_(min=0)
+    intersection = width.mul_(height)
+    union = (box_area(boxes_a)[..., :, None] + box_area(boxes_b)[..., None, :]).sub_(intersection)
+    # Where there is no union there is no intersection.
+    return intersection.div_(union.clamp_(min=torch.finfo(union.dtype).tiny))
 
 
 def encode_boxes(boxes: Tensor, anchors: Tensor, weights: CodeWeights = CODE_WEIGHTS) -> Tensor:

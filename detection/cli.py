@@ -182,6 +182,32 @@ def split_data(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return source, config["augmentation"]
 
 
+def find_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model` section; without a network it is laid over that of its checkpoint.
+
+    Raises:
+        UserError: where there is no such checkpoint, or a key that would have no effect.
+    """
+    if "_target_" in config:
+        return dict(config)
+    # Heavy, and most runs do without.
+    from detection.build import SHORTHANDS
+    from detection.checkpoint import load_checkpoint
+
+    if config["weights"] is None:
+        raise UserError("no model: give model.weights=FILE, a checkpoint, or choose a model")
+    for key in sorted(SHORTHANDS & config.keys()):
+        raise UserError(f"model.{key} is resolved in a checkpoint: give +model.backbone.{key}=...")
+    saved = load_checkpoint(config["weights"])["config"]["model"]
+    return _merge({**saved, "num_classes": None}, config)
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections laid over sections; OmegaConf would resolve what a checkpoint has in its strings."""
+    sections = [key for key in above if isinstance(below.get(key), Mapping)]
+    return {**below, **above, **{key: _merge(below[key], above[key]) for key in sections}}
+
+
 def find_data(config: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The `data` section to evaluate on: the one chosen now, else the checkpoint's own.
 

@@ -5,16 +5,20 @@ Shapes: B images, A anchors, G ground truths, S class slots, M matched anchors o
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torchvision.ops import generalized_box_iou_loss
 
 from detection.boxes import decode_boxes, encode_boxes
 from detection.matching import IGNORED, match_anchors
 from detection.structures import RawPredictions, Targets
+
+# Logits at a time: few enough for a processor's cache.
+CHUNK = 2**17
 
 
 class Losses(NamedTuple):
@@ -129,15 +133,12 @@ class FocalCriterion(nn.Module):
         self, predictions: RawPredictions, match: Tensor, matches: Matches, share: Tensor
     ) -> Tensor:
         """Sum over all slots of all anchors, each image's times its share (B,)."""
-        logits = predictions.logits.float()
-        negatives = (1 - self.alpha) * focal_loss(logits, gamma=self.gamma).sum(-1)
-        negatives = negatives.masked_fill(match == IGNORED, 0.0).sum(1)
-        # All slots are counted as negatives: where one is positive, that is taken back.
+        weights = share[:, None] * (match != IGNORED)
         slots = matches.labels + predictions.num_background
-        logits = logits[matches.images, matches.anchors, slots]
-        positives = self.alpha * focal_loss(-logits, gamma=self.gamma)
-        positives = positives - (1 - self.alpha) * focal_loss(logits, gamma=self.gamma)
-        return (negatives * share).sum() + (positives * share[matches.images]).sum()
+        return _FocalSum.apply(
+            predictions.logits, weights, matches.images, matches.anchors, slots,
+            self.alpha, self.gamma,
+        )  # pyright: ignore[reportReturnType]  # fmt: skip
 
     def localization_loss(self, predictions: RawPredictions, matches: Matches) -> Tensor:
         """(M,), of each matched anchor."""
@@ -153,12 +154,67 @@ class FocalCriterion(nn.Module):
 SSDCriterion = FocalCriterion
 
 
-def focal_loss(logits: Tensor, *, gamma: float) -> Tensor:
-    """Focal loss (Lin et al., 2017, equation 4) of logits whose target is 0, elementwise.
+class _FocalSum(torch.autograd.Function):
+    """Focal losses (Lin et al., 2017, equation 5) of all slots, summed with a weight an anchor.
 
-    That of logits whose target is 1 is `focal_loss(-logits)`.
+    The derivative comes with the loss: the logits are most of what a criterion sees, and autograd
+    would pass over them several times more.
     """
-    return logits.sigmoid() ** gamma * F.softplus(logits)
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        weights: Tensor,
+        images: Tensor,
+        anchors: Tensor,
+        slots: Tensor,
+        alpha: float,
+        gamma: float,
+    ) -> Tensor:
+        """logits (B, A, S), weights (B, A); images, anchors, slots (M,): where the target is 1."""
+        derivative = torch.empty(logits.shape, device=logits.device)
+        total = weights.new_zeros(())
+        rows = len(weights.flatten()) if logits.is_cuda else max(1, CHUNK // logits.shape[-1])
+        # At first every target is 0.
+        for x, weight, slope in zip(
+            logits.flatten(0, 1).split(rows),
+            weights.flatten().split(rows),
+            derivative.flatten(0, 1).split(rows),
+            strict=True,
+        ):
+            power, entropy, growth = _focal_terms(x.float(), gamma)
+            power.mul_((1 - alpha) * weight[:, None])
+            torch.mul(power, growth, out=slope)
+            # A dot product would depend on where its factors lie in memory.
+            total += power.mul_(entropy).sum()
+        positives = images, anchors, slots
+        x, weight = logits[positives].float(), weights[images, anchors]
+        power, entropy, growth = _focal_terms(-x, gamma)
+        derivative[positives] = -alpha * weight * power * growth
+        total += alpha * (weight * power * entropy).sum()
+        power, entropy, _ = _focal_terms(x, gamma)
+        total -= (1 - alpha) * (weight * power * entropy).sum()
+        ctx.save_for_backward(derivative)
+        ctx.dtype = logits.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (derivative,) = ctx.saved_tensors
+        return derivative.mul_(gradient).to(ctx.dtype), *[None] * 6
+
+
+def _focal_terms(x: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits whose target is 0: factors p ** gamma and -log(1 - p) of the loss; the first one
+    times the third is its derivative.
+    """
+    p = x.sigmoid()
+    q = 1 - p
+    # Softplus in half the time, but for an error of 1e-7 where it is small, as p is there.
+    entropy = x.clamp(min=0).sub_(torch.maximum(p, q).log_())
+    return p**gamma, entropy, torch.addcmul(p, entropy, q, value=gamma)
 
 
 def gather_matches(match: Tensor, targets: Targets) -> Matches:

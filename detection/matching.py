@@ -42,22 +42,25 @@ def match_anchors(
     if num_truths == 0:
         return targets.labels.new_full((targets.labels.shape[0], num_anchors), UNMATCHED)
     iou = pairwise_iou(targets.boxes, anchors)  # (B, G, A)
-    iou = iou.masked_fill(~targets.valid[..., None], -1.0)
-    best_iou, best_truth = iou.max(dim=1)
-    match = torch.where(best_iou >= threshold, best_truth, UNMATCHED)
-    if background_threshold is not None:
-        match = match.masked_fill(
-            (best_iou >= background_threshold) & (best_iou < threshold), IGNORED
-        )
+    iou.masked_fill_(~targets.valid[..., None], -1.0)
+    best_iou = iou.amax(dim=1)
+    matched = best_iou >= threshold
     if keep_ties:
         # A ground truth that touches no anchor would be as near to all of them.
         highest = iou.amax(dim=2, keepdim=True).clamp(min=torch.finfo(iou.dtype).tiny)
-        return torch.where((iou >= highest).any(dim=1), best_truth, match)
+        matched |= (iou >= highest).any(dim=1)
+    match = targets.labels.new_full(best_iou.shape, UNMATCHED)
+    if background_threshold is not None:
+        match.masked_fill_(best_iou >= background_threshold, IGNORED)
+    # Few are matched: the ground truths are looked up for those alone.
+    images, places = matched.nonzero(as_tuple=True)
+    match[images, places] = iou[images, :, places].argmax(dim=1)
+    if keep_ties:
+        return match
 
-    best_anchor = iou.argmax(dim=2)  # (B, G)
-    truths = torch.arange(num_truths, device=anchors.device).expand_as(best_anchor)
-    # Padded ground truths force nothing: they write to a column that is cut off again.
-    best_anchor = best_anchor.masked_fill(~targets.valid, num_anchors)
-    forced = truths.new_full((len(match), num_anchors + 1), num_truths)
-    forced = forced.scatter_reduce(1, best_anchor, truths, reduce="amin")[:, :num_anchors]
-    return torch.where(forced < num_truths, forced, match)
+    best_anchor = iou.argmax(dim=2).masked_fill_(~targets.valid, -1)  # (B, G)
+    # The first of those that take the same.
+    lowest = (best_anchor[:, :, None] == best_anchor[:, None, :]).int().argmax(dim=2)
+    images, truths = targets.valid.nonzero(as_tuple=True)
+    match[images, best_anchor[images, truths]] = lowest[images, truths]
+    return match

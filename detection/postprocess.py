@@ -5,13 +5,17 @@ from __future__ import annotations
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import nms
 
 from detection.boxes import box_area, clip_boxes, decode_boxes, pairwise_iou
 from detection.structures import Detections, RawPredictions
 
-# Candidates that are compared with each other at a time.
-BLOCK = 128
+# Boxes of a batch up to which comparing all with all takes less time than rounds, on a CPU.
+MAX_PAIRED = 1500
+# Scores that are sorted or left out together.
+BLOCK = 10
 
 
 class Postprocess(nn.Module):
@@ -52,9 +56,8 @@ class Postprocess(nn.Module):
     @torch.no_grad()
     def forward(self, predictions: RawPredictions, input_size: int) -> Detections:
         """Detections in pixels of the square input."""
-        logits = predictions.logits[..., predictions.num_background :].float()
-        scores, anchors, labels = self._select(logits, predictions.level_sizes)
-        scores = scores.sigmoid()
+        num_classes = predictions.logits.shape[2] - predictions.num_background
+        scores, anchors, labels = self._select(predictions)
 
         deltas = predictions.deltas.float().gather(1, anchors[..., None].expand(-1, -1, 4))
         unclipped = decode_boxes(deltas, predictions.anchors[anchors], predictions.code_weights)
@@ -67,7 +70,7 @@ class Postprocess(nn.Module):
             scores,
             labels,
             visible,
-            logits.shape[2],
+            num_classes,
             self.score_threshold,
             self.iou_threshold,
             self.max_detections,
@@ -84,30 +87,48 @@ class Postprocess(nn.Module):
             valid=valid,
         )
 
-    def _select(
-        self, logits: Tensor, level_sizes: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The candidates among logits (B, A, K), best first: logit, anchor and label, (B, N)."""
-        if not (self.per_level and level_sizes):
-            return _select_best(logits, self.num_candidates)
-        levels = [
-            _select_best(level, self.num_candidates) for level in logits.split(level_sizes, 1)
-        ]
-        scores, anchors, labels = zip(*levels, strict=True)
-        starts = accumulate(level_sizes[:-1], initial=0)
-        anchors = [own + start for own, start in zip(anchors, starts, strict=True)]
-        best, order = torch.cat(scores, 1).sort(1, descending=True)
-        return best, torch.cat(anchors, 1).gather(1, order), torch.cat(labels, 1).gather(1, order)
+    def _select(self, predictions: RawPredictions) -> tuple[Tensor, Tensor, Tensor]:
+        """The candidates, best first: score, anchor and label of each, (B, N)."""
+        maxima = predictions.logits[..., predictions.num_background :].amax(2)
+        sizes = predictions.level_sizes if self.per_level else ()
+        starts = accumulate(sizes[:-1], initial=0)
+        best = []
+        for level, start in zip(maxima.split(sizes or maxima.shape[1], 1), starts, strict=True):
+            # The k best pairs are on the k anchors of the best maxima: few of all are sorted.
+            anchors = level.topk(min(self.num_candidates, level.shape[1]), dim=1).indices + start
+            best.append(_select_pairs(predictions, anchors, self.num_candidates))
+        scores, anchors, labels = (torch.cat(fields, 1) for fields in zip(*best, strict=True))
+        if len(best) > 1:
+            scores, order = scores.sort(1, descending=True)
+            anchors, labels = anchors.gather(1, order), labels.gather(1, order)
+        return scores.float().sigmoid(), anchors, labels
 
 
-def _select_best(logits: Tensor, num_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best (anchor, class) pairs: logits (B, A, K) -> logit, anchor and label, (B, k)."""
-    _, num_anchors, num_classes = logits.shape
-    # The k best pairs lie on the k anchors that have the best maxima: few of all are sorted.
-    anchors = logits.amax(2).topk(min(num_pairs, num_anchors), dim=1).indices
-    rows = logits.gather(1, anchors[..., None].expand(-1, -1, num_classes)).flatten(1)
-    best, pairs = rows.topk(min(num_pairs, rows.shape[1]), dim=1)
+def _select_pairs(
+    predictions: RawPredictions, anchors: Tensor, num_pairs: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best (anchor, class) pairs on anchors (B, n): logit, anchor and label, (B, N)."""
+    batch, num_anchors, num_slots = predictions.logits.shape
+    num_classes = num_slots - predictions.num_background
+    first = num_anchors * torch.arange(batch, device=anchors.device)[:, None]
+    rows = predictions.logits.flatten(0, 1).index_select(0, (anchors + first).flatten())
+    rows = rows[:, predictions.num_background :].reshape(batch, anchors.shape[1] * num_classes)
+    best, pairs = _top(rows, min(num_pairs, rows.shape[1]))
     return best, anchors.gather(1, pairs // num_classes), pairs % num_classes
+
+
+def _top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of each row of values (B, N), and their places."""
+    blocks = F.pad(values, (0, -values.shape[1] % BLOCK), value=-torch.inf)
+    blocks = blocks.unflatten(1, (-1, BLOCK))
+    if blocks.shape[1] <= k:
+        return values.topk(k, dim=1)
+    # They are in the k blocks of the best maxima: few of all are sorted.
+    places = blocks.amax(2).topk(k, dim=1).indices
+    best, order = blocks.gather(1, places[..., None].expand(-1, -1, BLOCK)).flatten(1).topk(k, 1)
+    places = places.gather(1, order // BLOCK) * BLOCK + order % BLOCK
+    # Where all that is left is -inf, padding may be among it.
+    return best, places.clamp(max=values.shape[1] - 1)
 
 
 def _suppress(
@@ -122,46 +143,55 @@ def _suppress(
 ) -> Tensor:
     """Greedy suppression within classes, of all images at once.
 
-    A block of ranks at a time, until each image has what it needs: a table of all pairs would take
-    the most of the time, as would one call of torchvision's `nms` for the whole batch.
-
     Args:
         boxes: (B, N, 4), best first.
         scores: (B, N), falling.
         labels: (B, N).
         visible: (B, N) bool, what counts for `num_needed`.
-        num_classes: K, for the operator of other runtimes, which works by class.
+        num_classes: K.
         score_threshold: boxes of no higher score neither survive nor suppress.
-        num_needed: an image may end with more, or with fewer where there are no more.
+        num_needed: more survivors of a class are not looked for.
 
     Returns:
         (B, N) bool, True to keep.
     """
-    candidates = scores > score_threshold
-    survives = torch.zeros_like(candidates)
-    if not candidates.any():
-        return survives
-
-    def overlap(own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
-        same = own[1][:, :, None] == other[1][:, None, :]
-        return same & (pairwise_iou(own[0], other[0]) > iou_threshold)
-
-    for start in range(0, int(candidates.sum(1).max()), BLOCK):
-        block = slice(start, start + BLOCK)
-        own = boxes[:, block], labels[:, block]
-        is_better, better = survives.byte().topk(int(survives.sum(1).max()))
-        others = boxes.gather(1, better[..., None].expand(-1, -1, 4)), labels.gather(1, better)
-        free = candidates[:, block] & ~(overlap(own, others) & (is_better > 0)[:, None]).any(2)
-        within = overlap(own, own).tril(-1)
-        keeps, settled = free, False
-        while not settled:
-            # Each round settles at least one more rank; few overlap in a long chain.
-            before, keeps = keeps, free & ~(within & keeps[:, None, :]).any(2)
-            settled = keeps.equal(before)
-        survives[:, block] = keeps
-        if (survives & visible).sum(1).min() >= num_needed:
-            break
+    images, ranks = (scores > score_threshold).nonzero(as_tuple=True)
+    boxes, scores = boxes[images, ranks], scores[images, ranks]
+    groups = labels[images, ranks] + num_classes * images
+    if boxes.is_cuda or len(boxes) <= MAX_PAIRED:
+        # Each group is moved to a place of its own. In float64, as the distance would cost float32
+        # its fractions of a pixel.
+        span = (boxes.amax() - boxes.amin() + 1).double() if len(boxes) else 1.0
+        kept = nms(boxes.double() + (groups * span)[:, None], scores.double(), iou_threshold)
+    else:
+        # Boxes that cannot be seen survive, but do not count.
+        num_rounds = num_needed + int((~visible[images, ranks]).sum())
+        kept = _suppress_in_rounds(boxes, groups, iou_threshold, num_rounds)
+    survives = torch.zeros_like(visible)
+    survives[images[kept], ranks[kept]] = True
     return survives
+
+
+def _suppress_in_rounds(
+    boxes: Tensor, groups: Tensor, iou_threshold: float, num_rounds: int
+) -> Tensor:
+    """Boxes (M, 4), best first in their groups (M,) -> indices of those that are kept.
+
+    Each round keeps the best box of every group and drops what it overlaps. torchvision's `nms`
+    compares it with the boxes of all groups instead: with those of a batch that takes longer.
+    """
+    groups, places = groups.sort(stable=True)
+    boxes = boxes[places]
+    kept = []
+    while len(places) and len(kept) < num_rounds:
+        is_best = torch.ones_like(groups, dtype=torch.bool)
+        is_best[1:] = groups[1:] != groups[:-1]
+        kept.append(places[is_best])
+        best = boxes[is_best][is_best.cumsum(0) - 1]
+        overlap = pairwise_iou(boxes[:, None], best[:, None])[:, 0, 0]
+        left = (~is_best & (overlap <= iou_threshold)).nonzero()[:, 0]
+        boxes, groups, places = boxes[left], groups[left], places[left]
+    return torch.cat(kept) if kept else places
 
 
 suppress_operator = torch.library.custom_op("detection::suppress", _suppress, mutates_args=())

@@ -226,10 +226,17 @@ def _keep_classes(
 
 def _model_config(network: Mapping[str, Any]) -> dict[str, Any]:
     """The `model` section: the network, and around it what the API has around it."""
+    parts = "detection.models.ssd"
+    keys = ("num_classes", "input_size", "reduce_boxes_in_lowest_layer")
+    width = {"width": network["width"]}
     return {
-        **network,
+        "_target_": f"{parts}.SSD",
+        **{key: network[key] for key in keys},
+        "backbone": {"_target_": "detection.models.backbones.MobileNetV1", **width},
+        "extras": {"_target_": f"{parts}.make_extras", "_partial_": True, **width},
+        "head": {"_target_": f"{parts}.make_predictor", "_partial_": True},
         "preprocess": {"_target_": "detection.preprocess.Preprocess", "mean": 127.5, "std": 127.5},
-        "criterion": {"_target_": "detection.losses.SSDCriterion"},
+        "criterion": {"_target_": "detection.losses.FocalCriterion"},
         "postprocess": {
             "_target_": "detection.postprocess.Postprocess",
             "score_threshold": 1e-8,

@@ -11,7 +11,7 @@ from torchvision.ops import generalized_box_iou
 from torchvision.ops import sigmoid_focal_loss as torchvision_focal_loss
 
 from detection.boxes import decode_boxes, encode_boxes
-from detection.losses import FocalCriterion, focal_loss, gather_matches
+from detection.losses import FocalCriterion, gather_matches
 from detection.matching import match_anchors
 from detection.structures import RawPredictions, Targets
 
@@ -48,23 +48,37 @@ def select(
     )
 
 
+@pytest.mark.parametrize("chunk", [1, 3 * NUM_SLOTS, 2**16])
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.75, 2.0), (0.5, 0.0), (0.75, 1.5)])
-def test_focal_loss_equals_torchvision(alpha: float, gamma: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(5, 7, generator=generator) * 10
-    for target, loss in (
-        (0.0, (1 - alpha) * focal_loss(logits, gamma=gamma)),
-        (1.0, alpha * focal_loss(-logits, gamma=gamma)),
-    ):
-        targets = torch.full_like(logits, target)
-        expected = torchvision_focal_loss(logits, targets, alpha=alpha, gamma=gamma)
-        torch.testing.assert_close(loss, expected)
+def test_class_loss_equals_torchvision(
+    monkeypatch: pytest.MonkeyPatch, alpha: float, gamma: float, chunk: int
+) -> None:
+    """Also its gradient; ignored anchors have neither."""
+    monkeypatch.setattr("detection.losses.CHUNK", chunk)
+    predictions, targets = make_batch()
+    match = match_anchors(predictions.anchors, targets, background_threshold=0.2)
+    wanted = torch.zeros_like(predictions.logits)
+    for image, anchor in (match >= 0).nonzero().tolist():
+        wanted[image, anchor, 1 + targets.labels[image, match[image, anchor]]] = 1
+    assert wanted.sum() > 5 and (match == -2).sum() > 5
+    logits, own = (predictions.logits.clone().requires_grad_() for _ in range(2))
+    expected = torchvision_focal_loss(logits, wanted, alpha=alpha, gamma=gamma)
+    expected = expected[match != -2].sum()
+    criterion = FocalCriterion(background_threshold=0.2, alpha=alpha, gamma=gamma)
+    loss = criterion(predictions._replace(logits=own), targets).sums["classification"]
+    torch.testing.assert_close(loss, expected)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(own.grad, logits.grad)
 
 
-def test_focal_loss_of_extreme_logits_is_finite() -> None:
-    logits = torch.tensor([-1e4, -100.0, 100.0, 1e4], requires_grad=True)
-    focal_loss(logits, gamma=2.0).sum().backward()
-    assert logits.grad.isfinite().all()
+def test_extreme_logits_have_a_finite_loss() -> None:
+    predictions, targets = make_batch()
+    values = torch.tensor([-1e4, -100.0, 100.0, 1e4])
+    logits = values.expand_as(predictions.logits).clone().requires_grad_()
+    total = FocalCriterion()(predictions._replace(logits=logits), targets).total
+    total.backward()
+    assert total.isfinite() and logits.grad.isfinite().all()
 
 
 def test_criterion_equals_plain_loops() -> None:
@@ -196,7 +210,8 @@ def test_without_a_background_slot() -> None:
     predictions, targets = make_batch()
     bare = predictions._replace(logits=predictions.logits[..., 1:], num_background=0)
     losses, expected = FocalCriterion()(bare, targets), FocalCriterion()(predictions, targets)
-    background = focal_loss(predictions.logits[..., 0], gamma=2.0).sum() * 0.25
+    logits = predictions.logits[..., 0]
+    background = torchvision_focal_loss(logits, torch.zeros_like(logits), 0.75, 2, reduction="sum")
     torch.testing.assert_close(
         losses.sums["classification"], expected.sums["classification"] - background
     )

@@ -7,12 +7,19 @@ import torch
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image, nms
 
+from detection import postprocess
 from detection.boxes import decode_boxes
 from detection.postprocess import Postprocess
 from detection.structures import Detections, RawPredictions
 
 SIZE = 100
 NUM_CLASSES = 3
+
+
+@pytest.fixture(autouse=True, params=["all pairs", "in rounds"])
+def suppression(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways give the same."""
+    monkeypatch.setattr(postprocess, "MAX_PAIRED", 0 if request.param == "in rounds" else 10**6)
 
 
 def make_predictions(num_images: int = 3, num_anchors: int = 80, seed: int = 0) -> RawPredictions:
@@ -94,6 +101,26 @@ def test_few_candidates_are_exact_where_the_places_are_filled() -> None:
     limited = Postprocess(max_detections=20, num_candidates=60)(predictions, SIZE)
     assert limited.valid.all()
     assert_same(unpack(limited), unpack(whole))
+
+
+@pytest.mark.parametrize("num_finite", [4, 1200])
+def test_candidates_are_the_best_pairs(num_finite: int) -> None:
+    """Of so many that they are looked for in blocks; the last block is cut short."""
+    num_anchors, num_classes, k = 30, 43, 6
+    logits = torch.full((2, num_anchors * num_classes), -torch.inf)
+    for image in logits:
+        image[torch.randperm(len(image))[:num_finite]] = torch.linspace(-3, 3, num_finite)
+    predictions = RawPredictions(
+        deltas=torch.zeros(2, num_anchors, 4),
+        logits=logits.view(2, num_anchors, num_classes),
+        anchors=torch.tensor([[10.0, 10.0, 20.0, 20.0]]).repeat(num_anchors, 1),
+        num_background=0,
+    )
+    found = Postprocess(iou_threshold=1.0, num_candidates=k)(predictions, SIZE)
+    assert found.valid.sum(1).tolist() == [min(num_finite, k)] * 2
+    best, pairs = logits.topk(min(num_finite, k), dim=1)
+    assert found.scores[found.valid].equal(best.sigmoid().flatten())
+    assert found.labels[found.valid].equal((pairs % num_classes).flatten())
 
 
 def test_batched_equals_single() -> None:
@@ -264,7 +291,7 @@ def test_a_level_suppresses_what_another_one_has() -> None:
 
 
 def test_a_long_chain() -> None:
-    """Each box overlaps the next, so every other one survives, over several blocks of ranks."""
+    """Each box overlaps the next, so every other one survives."""
     boxes = [[i, 0, i + 4, 10] for i in range(300)]
     predictions = one_image(boxes, [[9 - 0.01 * i] for i in range(300)])
     detections = Postprocess(iou_threshold=0.5, max_detections=200)(predictions, 400)

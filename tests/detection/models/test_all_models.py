@@ -99,6 +99,7 @@ def test_model(
     check_training(parts)
 
     calibrate(parts.network)
+    parts.network.to(memory_format=torch.channels_last)  # as a checkpoint is loaded
     detector = Detector(parts, CATEGORIES)
     pictures = [np.random.default_rng(i).integers(0, 256, shape, dtype=np.uint8)
                 for i, shape in enumerate([(50, 90, 3), (80, 40, 3), (64, 64, 3)])]  # fmt: skip
