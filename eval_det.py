@@ -82,6 +82,7 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
                 batch_size=batch_size,
                 num_workers=content["evaluation"]["num_workers"],
             )
+            assert found is not None  # nothing told it to stop
         if processes.is_main:
             write_metrics(found.metrics, output / "metrics.json")
             write_results(found.results, output / "detections.json")

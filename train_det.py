@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from detection.cli import (
@@ -50,6 +50,7 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
     from functools import partial
 
     import torch
+    from PIL import Image
     from rich.console import Console
     from torch.optim.lr_scheduler import LambdaLR
 
@@ -62,15 +63,17 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
     from detection.data.transforms import TrainTransform
     from detection.detector import Detector
     from detection.engine.evaluate import Evaluation, evaluate
+    from detection.engine.loggers import Logger, NoLogger
     from detection.engine.optimization import average_weights, build_optimizer
-    from detection.engine.processes import join_processes
+    from detection.engine.processes import join_processes, launcher
     from detection.engine.run_folder import LOGGER, RunFolder, read_json, start_logging
     from detection.engine.settings import TrainerSettings
     from detection.engine.state import TrainState
     from detection.engine.train import prepare_network, run_training
     from detection.evaluation.coco import CocoEvaluator, metrics_table
     from detection.importers.detector import start_detector
-    from detection.visualization.results import draw_results
+    from detection.visualization.gallery import contact_sheet
+    from detection.visualization.results import draw_pairs, draw_results
 
     if config.resume:
         config = lay_over(RunFolder(config.run_dir).read_config(), config, overrides)
@@ -124,7 +127,7 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
             state.load_state_dict(checkpoint, processes)
 
         if processes.is_main:
-            if checkpoint is None:
+            if not content["resume"]:
                 stack.enter_context(folder.lock())
                 folder.check_new()  # another run may have begun meanwhile
             folder.create(content)
@@ -141,8 +144,14 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
         for line in [*started, *train_index.describe(), *val_index.describe()]:
             LOGGER.info(line)
         evaluator = CocoEvaluator(val_index.ground_truth())
+        pictures = {
+            "num_pictures": content["evaluation"]["num_pictures"],
+            "score_threshold": content["evaluation"]["picture_score_threshold"],
+        }
 
-        def evaluate_network(network: torch.nn.Module) -> Evaluation:
+        def evaluate_network(
+            network: torch.nn.Module, should_stop: Callable[[], bool]
+        ) -> Evaluation | None:
             detector = Detector(parts._replace(network=network), categories, processes.device)
             return evaluate(
                 detector,
@@ -152,9 +161,20 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
                 criterion=parts.criterion,
                 batch_size=content["evaluation"]["batch_size"],
                 num_workers=content["evaluation"]["num_workers"],
+                should_stop=should_stop,
             )
 
-        logger = build(content["logger"], folder=folder.tensorboard, start_step=state.step)
+        def draw_overview(results: list[dict[str, Any]]) -> Image.Image:
+            pairs = draw_pairs(val_index, results, **pictures | {"num_pictures": 6})
+            sheet = list(pairs.values()) or [Image.new("RGB", (1, 1))]  # none can be read
+            return contact_sheet(sheet, columns=2, max_size=600)
+
+        logger: Logger = NoLogger()
+        if processes.is_main:
+            logger = build(
+                content["logger"], folder=folder.path, start_step=state.step, config=content
+            )
+        stack.callback(logger.close)
         finished = run_training(
             state,
             dataset=DetectionDataset(train_index, transform, seed=content["seed"], training=True),
@@ -162,6 +182,7 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
             criterion=parts.criterion,
             evaluate=evaluate_network,
             save=partial(save_checkpoint, config=content, categories=categories),
+            draw=draw_overview,
             logger=logger,
             folder=folder,
             settings=settings,
@@ -171,8 +192,9 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
         )
         if not finished:
             LOGGER.info(
-                "stopped at step %d; go on with: python train_det.py run_dir=%s resume=true",
+                "stopped at step %d; go on with: %s train_det.py run_dir=%s resume=true",
                 state.step,
+                launcher(),
                 folder.path,
             )
         elif processes.is_main:
@@ -181,8 +203,7 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
                 val_index,
                 read_json(folder.detections),
                 folder.visualizations,
-                num_pictures=content["evaluation"]["num_pictures"],
-                score_threshold=content["evaluation"]["picture_score_threshold"],
+                **pictures,
             )
             LOGGER.info("done: best AP %.4f; see %s", state.best_metric, folder.path)
         metrics = read_json(folder.metrics) if folder.metrics.exists() else {}

@@ -150,7 +150,8 @@ class CondConv2d(nn.Module):
         def apply(tensor: Tensor) -> Tensor:
             if tensor.dim() != 5:
                 return fn(tensor)
-            return fn(tensor.flatten(0, 1)).contiguous().unflatten(0, tensor.shape[:2])
+            # Flat once, since strides of 1x1 kernels stay odd otherwise, which DDP warns of.
+            return fn(tensor.flatten(0, 1)).contiguous().flatten().view(tensor.shape)
 
         return super()._apply(apply, recurse)
 

@@ -60,7 +60,7 @@ def build_partial(config: Mapping[str, Any]) -> Callable[..., Any]:
         raise UserError(f"{config.get('_target_')}: {str(error).splitlines()[0]}") from error
 
 
-def build(config: Mapping[str, Any], **arguments: Any) -> Any:
+def build(config: Mapping[str, Any], /, **arguments: Any) -> Any:
     """Call what `_target_` names with the config's other keys and `arguments`.
 
     Keys that hold a `_target_` of their own are built first; with `_partial_: true`, bound only.

@@ -3,13 +3,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -242,84 +239,6 @@ def test_a_second_run_is_refused(
     assert load_checkpoint(folder / "checkpoints" / "last.pt")["step"] == 1
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    while not path.exists():
-        assert process.poll() is None, "the run ended before it could be stopped"
-        time.sleep(0.01)
-
-
-def test_killed_and_resumed_equals_uninterrupted(
-    tiny_model: list[str],
-    tiny_data: list[str],
-    tmp_path: Path,
-    start_script: Callable[..., subprocess.Popen[str]],
-    run_script: Callable[..., tuple[int, str]],
-):
-    overrides = [*tiny_model, *tiny_data, "trainer.steps=60", "trainer.checkpoint_every=7"]
-    overrides += ["trainer.num_workers=1", "trainer.evaluate_every=25"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    status, printed = run_script("train_det.py", *overrides, f"run_dir={whole}")
-    assert status == 0, printed
-
-    process = start_script("train_det.py", *overrides, f"run_dir={killed}")
-    wait_for(killed / "checkpoints" / "last.pt", process)
-    time.sleep(random.random())
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert load_checkpoint(killed / "checkpoints" / "last.pt")["step"] < 60
-    status, printed = run_script("train_det.py", "resume=true", f"run_dir={killed}")
-    assert status == 0, printed
-    assert_equal_weights(whole, killed)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(
-    tiny_model: list[str],
-    tiny_data: list[str],
-    tmp_path: Path,
-    start_script: Callable[..., subprocess.Popen[str]],
-    number: int,
-):
-    """Sent to the loaders' workers as well, as a terminal and a scheduler do, and often amid an
-    evaluation."""
-    folder = tmp_path / "run"
-    options = ["trainer.steps=5000", "trainer.num_workers=1", "evaluation.num_workers=1"]
-    options += ["trainer.evaluate_every=2", f"run_dir={folder}"]
-    process = start_script(
-        "train_det.py", *tiny_model, *tiny_data, *options, start_new_session=True
-    )
-    wait_for(folder / "metrics.jsonl", process)
-    time.sleep(random.random())
-    os.killpg(process.pid, number)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, printed
-    step = load_checkpoint(folder / "checkpoints" / "last.pt")["step"]
-    assert 0 < step < 5000
-    assert f"stopped at step {step}; go on with: " in printed
-    assert f"python train_det.py run_dir={folder} resume=true" in printed
-
-
-def test_two_processes_give_the_losses_of_one(
-    tiny_model: list[str],
-    tiny_data: list[str],
-    tmp_path: Path,
-    run_script: Callable[..., tuple[int, str]],
-):
-    """Ten steps at the same whole batch, batch norm in inference mode."""
-    common = [*tiny_model, *tiny_data, "trainer.steps=10", "trainer.freeze_batch_norm=true"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for name, launcher in (("one", []), ("two", torchrun)):
-        status, printed = run_script(
-            "train_det.py", *common, f"run_dir={tmp_path / name}", launcher=launcher
-        )
-        assert status == 0, printed
-    one, two = read_lines(tmp_path / "one"), read_lines(tmp_path / "two")
-    assert len(one) == len(two) == 11
-    for a, b in zip(one, two, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-    assert one[-1]["AP"] == pytest.approx(two[-1]["AP"], abs=1e-6)
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -407,6 +326,8 @@ def test_nothing_is_written_where_the_data_is_wrong(run: Callable[..., Path], tm
         run("model.num_classes=3")
     with pytest.raises(UserError, match="cannot be shared"):
         run("trainer.num_micro_batches=3")
+    with pytest.raises(UserError, match="sync_batch_norm=true works on GPUs only"):
+        run("trainer.sync_batch_norm=true")
     assert not (tmp_path / "run").exists()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,8 @@ from detection.data.transforms import EvalTransform
 from detection.detector import Detector, match_categories, unbatch
 from detection.engine.processes import Processes
 from detection.engine.run_folder import LOGGER
-from detection.engine.stop import ignore_signals
+from detection.engine.stop import start_loader
+from detection.errors import UserError
 from detection.evaluation.coco import CocoEvaluator, coco_results
 from detection.images import UnreadableImage, load_annotated_image
 from detection.onnx_detector import OnnxDetector
@@ -28,7 +29,7 @@ class Evaluation(NamedTuple):
 
     Args:
         metrics: the evaluator's, and `loss` with its named parts where a criterion was given.
-        results: all detections in the COCO results format.
+        results: all detections in the COCO results format, in rank 0; none in other processes.
     """
 
     metrics: dict[str, Any]
@@ -45,14 +46,22 @@ def evaluate(
     criterion: nn.Module | None = None,
     batch_size: int = 16,
     num_workers: int = 2,
-) -> Evaluation:
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """Run a detector over a split and measure it.
 
-    Every process runs its share of the images; all of them return the same metrics and results.
+    Every process runs its share of the images; all of them return the same metrics.
     Classes are matched by name; detections of classes that the data has not are left out.
 
     Args:
         criterion: gives the loss of the split.
+        should_stop: asked before each batch.
+
+    Returns:
+        None, in every process, where any was told to stop.
+
+    Raises:
+        UserError: where the folder of the images has vanished.
     """
     dataset = DetectionDataset(
         index, EvalTransform(resize=detector.preprocess.resize), seed=0, training=False
@@ -65,7 +74,6 @@ def evaluate(
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,
-        worker_init_fn=ignore_signals,
         generator=torch.Generator(),
         pin_memory=processes.device.type == "cuda",
     )
@@ -75,7 +83,11 @@ def evaluate(
     results: list[dict[str, Any]] = []
     sums: dict[str, float] = {}
     unreadable: list[str] = []
-    for batch in loader:
+    stopped = False
+    for batch in start_loader(loader):
+        stopped = should_stop()
+        if stopped:
+            break
         predictions = detector.forward(batch.images)
         if criterion is not None:
             targets = batch.targets._replace(labels=own_labels[batch.targets.labels])
@@ -87,13 +99,21 @@ def evaluate(
             results += _known_results(found, image_id, categories)
         unreadable += batch.unreadable
 
+    if processes.sum(torch.tensor(float(stopped), device=processes.device)) > 0:
+        return None
     shares = processes.gather((results, sums, unreadable))
-    results = [result for share in shares for result in share[0]]
+    metrics: dict[str, Any] | UserError = {}
     if processes.is_main:
-        _warn_of_unreadable([name for share in shares for name in share[2]])
-    metrics = evaluator.evaluate(results) if processes.is_main else {}
-    metrics.update(_mean_losses([share[1] for share in shares]))
-    return Evaluation(processes.share(metrics), results)
+        results = [result for share in shares for result in share[0]]
+        try:
+            _report_unreadable([name for share in shares for name in share[2]], index)
+            metrics = evaluator.evaluate(results) | _mean_losses([share[1] for share in shares])
+        except UserError as error:
+            metrics = error
+    metrics = processes.share(metrics)
+    if isinstance(metrics, UserError):
+        raise metrics
+    return Evaluation(metrics, results if processes.is_main else [])
 
 
 def evaluate_exported(
@@ -115,7 +135,7 @@ def evaluate_exported(
                 unreadable.append(f"{index.file_names[i]}: {error}")
         for image_id, found in zip(image_ids, detector.predict(images), strict=True):
             results += _known_results(map(torch.from_numpy, found), image_id, categories)
-    _warn_of_unreadable(unreadable)
+    _report_unreadable(unreadable, index)
     return Evaluation(evaluator.evaluate(results), results)
 
 
@@ -128,7 +148,9 @@ def _known_results(
     return coco_results(boxes[known], scores[known], labels[known], image_id, categories)
 
 
-def _warn_of_unreadable(names: list[str]) -> None:
+def _report_unreadable(names: list[str], index: CocoIndex) -> None:
+    if names and not index.images_dir.is_dir():
+        raise UserError(f"{index.images_dir}: none of its images can be read: the folder is gone")
     for name in names:
         LOGGER.warning("cannot read %s: evaluated as an image without detections", name)
 

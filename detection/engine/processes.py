@@ -41,12 +41,12 @@ class Processes(NamedTuple):
         return values
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, by rank, in every process."""
+        """Every process's value, by rank, in rank 0; nothing in the others."""
         if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+        values: list[Any] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values)
+        return values or []
 
     def share(self, value: T) -> T:
         """Rank 0's value, in every process."""
@@ -57,6 +57,15 @@ class Processes(NamedTuple):
         return values[0]
 
 
+def launcher() -> str:
+    """The words before the script on the command line that started these processes."""
+    if not dist.is_torchelastic_launched():
+        return "python"
+    per_node, num_nodes = os.environ["LOCAL_WORLD_SIZE"], os.environ["GROUP_WORLD_SIZE"]
+    nodes = f"--nnodes {num_nodes} " if num_nodes != "1" else ""
+    return f"torchrun {nodes}--nproc-per-node {per_node}"
+
+
 @contextmanager
 def join_processes(device: str = "auto") -> Iterator[Processes]:
     """Join the group that `torchrun` describes in the environment, or be the only process.
@@ -65,7 +74,8 @@ def join_processes(device: str = "auto") -> Iterator[Processes]:
         device: "auto" takes a GPU where there is one; or "cpu", "cuda", "cuda:N".
 
     Raises:
-        UserError: where the device does not exist.
+        UserError: where the device does not exist; and, from inside, where another process of the
+            run or a loader's worker has died.
     """
     rank, world_size, local_rank = (
         int(os.environ.get(name, default))
@@ -78,9 +88,27 @@ def join_processes(device: str = "auto") -> Iterator[Processes]:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Processes(rank, world_size, chosen)
+    except RuntimeError as error:
+        reason = _name_dead(error)
+        if reason is None:
+            raise
+        raise UserError(reason) from error
     finally:
         if world_size > 1:
             dist.destroy_process_group()
+
+
+def _name_dead(error: RuntimeError) -> str | None:
+    """Which process has died, where that is what an error of torch means."""
+    line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    if line.startswith("DataLoader worker"):
+        return (
+            f"{line.removesuffix('.').strip()}; often memory was short: lower num_workers or "
+            "raise the limit; a run goes on with resume=true"
+        )
+    if isinstance(error, dist.DistError) or "gloo" in line:
+        return f"another process of this run has ended, and its message tells why ({line})"
+    return None
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:

@@ -37,7 +37,6 @@ class RunFolder:
         self.detections = self.path / "detections.json"
         self.last = self.path / "checkpoints" / "last.pt"
         self.best = self.path / "checkpoints" / "best.pt"
-        self.tensorboard = self.path / "tensorboard"
         self.visualizations = self.path / "visualizations"
 
     @contextmanager
@@ -85,21 +84,21 @@ class RunFolder:
         """The checkpoints before last.pt, newest first."""
         return sorted(self.last.parent.glob("step_*.pt"), reverse=True)
 
-    def load_newest(self, processes: Processes) -> dict[str, Any]:
-        """The newest whole checkpoint, the same one in all processes.
+    def load_newest(self, processes: Processes) -> dict[str, Any] | None:
+        """The newest whole checkpoint, the same one in all processes; None before the first.
 
         Raises:
-            UserError: where there is none, or one of another program.
+            UserError: where none is whole, or one is of another program.
         """
-        path = self.last
-        content = None
-        if processes.is_main:
-            path, content = self._find_whole()
+        path, content = self._find_whole() if processes.is_main else (None, None)
         path = processes.share(path)
-        return load_checkpoint(path) if content is None else content
+        return load_checkpoint(path) if path and content is None else content
 
-    def _find_whole(self) -> tuple[Path, dict[str, Any]]:
+    def _find_whole(self) -> tuple[Path, dict[str, Any]] | tuple[None, None]:
         """Damaged ones are put aside, so that none takes the place of a whole one later."""
+        if not any(path.suffix != ".tmp" for path in self.last.parent.glob("*")):
+            LOGGER.warning("%s has no checkpoint yet: starting anew", self.path)
+            return None, None
         for path in (self.last, *self.list_numbered(), self.best):
             if not path.exists():
                 continue

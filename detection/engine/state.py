@@ -27,6 +27,7 @@ class TrainState:
         step: optimizer steps taken.
         best_metric: best AP so far.
         stale_evaluations: evaluations since then.
+        owes_evaluation: an evaluation of this step is due and not done.
     """
 
     network: nn.Module
@@ -37,6 +38,7 @@ class TrainState:
     step: int = 0
     best_metric: float = -1.0
     stale_evaluations: int = 0
+    owes_evaluation: bool = False
 
     @property
     def averaged_network(self) -> nn.Module:
@@ -57,6 +59,7 @@ class TrainState:
             "step": self.step,
             "best_metric": self.best_metric,
             "stale_evaluations": self.stale_evaluations,
+            "owes_evaluation": self.owes_evaluation,
             "random_states": processes.gather(own),
         }
 
@@ -80,6 +83,7 @@ class TrainState:
         self.step = state["step"]
         self.best_metric = state["best_metric"]
         self.stale_evaluations = state["stale_evaluations"]
+        self.owes_evaluation = state.get("owes_evaluation", False)
         if processes.rank < len(state["random_states"]):
             cpu, cuda = state["random_states"][processes.rank]
             torch.set_rng_state(cpu)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
+
+from torch.utils.data import DataLoader
 
 
 class StopRequest:
@@ -30,9 +33,14 @@ class StopRequest:
         self.received = True
 
 
-def ignore_signals(worker: int) -> None:
-    """Leave a loader's worker alone: a signal to the whole group (Ctrl-C, a scheduler's SIGTERM) is
-    for the main process, which needs its workers for the step at hand and ends them itself."""
-    del worker
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def start_loader(loader: DataLoader[Any]) -> Iterator[Any]:
+    """`iter(loader)`, whose workers are deaf to SIGINT and SIGTERM: a signal to the whole group
+    (Ctrl-C, a scheduler's SIGTERM) is for the main process, which needs its workers for the step at
+    hand and ends them itself. They inherit a mask, since a handler would come too late for some."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return iter(loader)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ from detection.engine.processes import Processes
 from detection.engine.run_folder import LOGGER, RunFolder
 from detection.engine.settings import TrainerSettings
 from detection.engine.state import TrainState
-from detection.engine.stop import StopRequest, ignore_signals
+from detection.engine.stop import StopRequest, start_loader
 from detection.errors import UserError
 from detection.evaluation.coco import write_metrics, write_results
 
@@ -37,8 +39,9 @@ def run_training(
     dataset: DetectionDataset,
     preprocess: nn.Module,
     criterion: nn.Module,
-    evaluate: Callable[[nn.Module], Evaluation],
+    evaluate: Callable[[nn.Module, Callable[[], bool]], Evaluation | None],
     save: Callable[..., None],
+    draw: Callable[[list[dict[str, Any]]], Image.Image],
     logger: Logger,
     folder: RunFolder,
     settings: TrainerSettings,
@@ -50,9 +53,11 @@ def run_training(
 
     Args:
         state: changed in place; its network is on the processes' device.
-        evaluate: measures a network; metrics must hold `AP`.
+        evaluate: measures a network; metrics must hold `AP`. None where the function that it is
+            given says that it should stop.
         save: called with a path and the state's dict, writes a checkpoint; `keep_old_as` as in
             `save_checkpoint`.
+        draw: a picture of an evaluation's results, for the logger.
         seed: of the order of the images.
 
     Returns:
@@ -61,7 +66,7 @@ def run_training(
     Raises:
         UserError: where a loss is not finite; last.pt is still that of the last good step.
     """
-    batches = iter(make_loader(dataset, state.step, settings, seed, processes))
+    batches = start_loader(make_loader(dataset, state.step, settings, seed, processes))
     network = distribute(state.network, processes)
     set_training_mode(state.network, freeze_batch_norm=settings.freeze_batch_norm)
     meter = Meter(settings)
@@ -78,43 +83,48 @@ def run_training(
     stop = False
     with progress, StopRequest() as request:
         task = progress.add_task("training", total=settings.steps, completed=state.step)
-        while state.step < settings.steps and not stop:
-            learning_rate = state.schedule.get_last_lr()[0]
-            step_batches = list(islice(batches, settings.num_micro_batches))
-            losses, stop = take_step(
-                state, network, step_batches, preprocess, criterion, settings, processes, request
-            )
-            state.step += 1
-            is_last = state.step == settings.steps
-            _report_unreadable(step_batches, unreadable)
+        while not stop and (state.step < settings.steps or state.owes_evaluation):
+            if not state.owes_evaluation:  # else the run was stopped in an evaluation
+                learning_rate = state.schedule.get_last_lr()[0]
+                step_batches = list(islice(batches, settings.num_micro_batches))
+                losses, stop = take_step(
+                    *(state, network, step_batches, preprocess, criterion),
+                    *(settings, processes, request),
+                )
+                state.step += 1
+                is_last = state.step == settings.steps
+                state.owes_evaluation = state.step % settings.evaluate_every == 0 or is_last
+                _report_unreadable(step_batches, unreadable)
 
-            meter.update(losses)
-            if state.step % settings.log_every == 0 or is_last:
-                scalars = {**meter.read(), "learning_rate": learning_rate}
-                if processes.is_main:
-                    text = meter.describe(state.step, scalars)
-                    LOGGER.debug("step %d/%d  %s", state.step, settings.steps, text)
-                    progress.update(task, description=text)
-                    _log(folder, logger, "train", state.step, scalars)
-            progress.update(task, completed=state.step)
+                meter.update(losses)
+                if state.step % settings.log_every == 0 or is_last:
+                    scalars = {**meter.read(), "learning_rate": learning_rate}
+                    if processes.is_main:
+                        text = meter.describe(state.step, scalars)
+                        LOGGER.debug("step %d/%d  %s", state.step, settings.steps, text)
+                        progress.update(task, description=text)
+                        _log(folder, logger, "train", state.step, scalars)
+                progress.update(task, completed=state.step)
 
-            is_best = False
-            evaluates = state.step % settings.evaluate_every == 0 or is_last
-            if evaluates:
-                evaluation = evaluate(state.averaged_network)
-                set_training_mode(state.network, freeze_batch_norm=settings.freeze_batch_norm)
-                is_best = _note_evaluation(state, evaluation, folder, logger, processes)
-                meter.restart()
-                stop = stop or state.stale_evaluations == settings.early_stopping
-            saves = evaluates
+            is_best, saves = False, state.owes_evaluation
             if settings.checkpoint_every is not None:
                 saves = saves or state.step % settings.checkpoint_every == 0
+            if state.owes_evaluation and not stop:
+                evaluation = evaluate(state.averaged_network, lambda: request.received)
+                set_training_mode(state.network, freeze_batch_norm=settings.freeze_batch_norm)
+                meter.restart()
+                stop = evaluation is None
+                if evaluation is not None:
+                    is_best = _note_evaluation(state, evaluation, folder, logger, processes)
+                    logger.log_picture("detections", partial(draw, evaluation.results), state.step)
+                    stop = state.stale_evaluations == settings.early_stopping
             if saves or stop:
                 content = state.state_dict(processes)
                 if processes.is_main:
                     if is_best:
                         save(folder.best, **content)
-                    save(folder.last, keep_old_as=folder.numbered(saved_step), **content)
+                    earlier = folder.numbered(saved_step) if saved_step < state.step else None
+                    save(folder.last, keep_old_as=earlier, **content)
                     for old in folder.list_numbered()[settings.keep_last - 1 :]:
                         old.unlink()
                     saved_step = state.step
@@ -127,7 +137,7 @@ def run_training(
             state.stale_evaluations,
         )
         return True
-    return state.step >= settings.steps
+    return state.step >= settings.steps and not state.owes_evaluation
 
 
 def take_step(
@@ -214,7 +224,6 @@ def make_loader(
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=settings.num_workers,
-        worker_init_fn=ignore_signals,
         # A generator of its own: the loader would draw from the default one.
         generator=torch.Generator(),
         pin_memory=processes.device.type == "cuda",
@@ -267,6 +276,7 @@ def _note_evaluation(
     metrics = {"step": state.step, **evaluation.metrics}
     is_best = metrics["AP"] > state.best_metric
     state.stale_evaluations = 0 if is_best else state.stale_evaluations + 1
+    state.owes_evaluation = False
     if is_best:
         state.best_metric = metrics["AP"]
     if processes.is_main:
@@ -297,7 +307,8 @@ def _refuse_losses(
     step: int, values: dict[str, float], batches: list[Batch], processes: Processes
 ) -> None:
     own = [image_id for batch in batches for image_id in batch.image_ids.tolist()]
-    image_ids = sorted(image_id for share in processes.gather(own) for image_id in share)
+    shares = processes.share(processes.gather(own))
+    image_ids = sorted(image_id for share in shares for image_id in share)
     losses = ", ".join(f"{name} {value}" for name, value in values.items())
     raise UserError(
         f"step {step}: the loss is not finite ({losses}) on the images {image_ids}; "

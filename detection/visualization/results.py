@@ -8,12 +8,48 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from detection.data.coco import CocoIndex
 from detection.images import UnreadableImage, load_annotated_image
 from detection.structures import ImageDetections
 from detection.visualization.gallery import contact_sheet, side_by_side
 from detection.visualization.media import write_picture
+
+
+def draw_pairs(
+    index: CocoIndex,
+    results: Sequence[Mapping[str, Any]],
+    *,
+    num_pictures: int,
+    score_threshold: float,
+) -> dict[int, Image.Image]:
+    """Images spread evenly over a split, ground truth beside detections, by image id.
+
+    Args:
+        results: detections in the COCO results format.
+        num_pictures: how many images; those that cannot be read are left out.
+        score_threshold: detections of a lower score are not drawn.
+    """
+    labels = {category.id: label for label, category in enumerate(index.categories)}
+    by_image: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    for result in results:
+        by_image[result["image_id"]].append(result)
+    pictures = {}
+    for i in spread(len(index), num_pictures):
+        try:
+            image = load_annotated_image(index.images_dir / index.file_names[i], index.sizes[i])
+        except UnreadableImage:
+            continue
+        pictures[index.image_ids[i]] = side_by_side(
+            image,
+            index.boxes(i),
+            index.labels(i),
+            _to_detections(by_image[index.image_ids[i]], labels),
+            names=[category.name for category in index.categories],
+            score_threshold=score_threshold,
+        )
+    return pictures
 
 
 def draw_results(
@@ -24,41 +60,22 @@ def draw_results(
     num_pictures: int,
     score_threshold: float,
 ) -> list[Path]:
-    """Draw images spread evenly over a split, and a sheet of the first of them.
+    """Write `draw_pairs`, and a sheet of the first of them.
 
     Args:
-        results: detections in the COCO results format.
         folder: for one JPEG an image, named by its id, and `overview.jpg`.
-        num_pictures: how many images; those that cannot be read are left out.
-        score_threshold: detections of a lower score are not drawn.
 
     Returns:
         The files written.
     """
-    labels = {category.id: label for label, category in enumerate(index.categories)}
-    by_image: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
-    for result in results:
-        by_image[result["image_id"]].append(result)
-    paths, pictures = [], []
-    for i in spread(len(index), num_pictures):
-        try:
-            image = load_annotated_image(index.images_dir / index.file_names[i], index.sizes[i])
-        except UnreadableImage:
-            continue
-        picture = side_by_side(
-            image,
-            index.boxes(i),
-            index.labels(i),
-            _to_detections(by_image[index.image_ids[i]], labels),
-            names=[category.name for category in index.categories],
-            score_threshold=score_threshold,
-        )
-        pictures.append(picture)
-        paths.append(Path(folder) / f"{index.image_ids[i]}.jpg")
-        write_picture(picture, paths[-1])
-    if pictures:
-        paths.append(Path(folder) / "overview.jpg")
-        write_picture(contact_sheet(pictures[:6], columns=2, max_size=900), paths[-1])
+    pairs = draw_pairs(index, results, num_pictures=num_pictures, score_threshold=score_threshold)
+    pictures = {f"{image_id}.jpg": picture for image_id, picture in pairs.items()}
+    if pairs:
+        sheet = contact_sheet(list(pairs.values())[:6], columns=2, max_size=900)
+        pictures["overview.jpg"] = sheet
+    paths = [Path(folder) / name for name in pictures]
+    for path, picture in zip(paths, pictures.values(), strict=True):
+        write_picture(picture, path)
     return paths
 
 

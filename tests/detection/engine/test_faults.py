@@ -1,0 +1,336 @@
+"""Runs that lose a process, a file or their patience. Each run is a process of its own, forked from
+one that has imported torch already."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train_det
+from detection.checkpoint import load_checkpoint
+from detection.detector import Detector
+from detection.engine.state import TrainState
+from detection.engine.train import take_step
+from detection.errors import UserError
+
+
+def run_train_det(
+    arguments: list[str], output: Path, environment: dict[str, str], kill_at: int | None
+) -> None:
+    """As `python train_det.py ARGUMENTS > OUTPUT 2>&1`.
+
+    Args:
+        kill_at: SIGKILL comes some milliseconds after the start of the step that follows this one.
+    """
+    with output.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.environ.update(environment)
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of loaders' workers, as elsewhere
+    sys.argv = ["train_det.py", *arguments]
+    torch.set_num_threads(1)
+
+    def take_step_and_die(state: TrainState, *rest: Any) -> Any:
+        if state.step == kill_at:
+            delay = random.random() / 30
+            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return take_step(state, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("detection.engine.train.take_step", take_step_and_die)
+        train_det.main()
+
+
+class Run:
+    """A training in processes of its own.
+
+    Args:
+        folder: the run folder.
+        processes: one for each rank.
+        outputs: what each printed.
+    """
+
+    def __init__(self, folder: Path, processes: list[ForkServerProcess], outputs: list[Path]):
+        self.folder = folder
+        self.processes = processes
+        self.outputs = outputs
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "checkpoints" / "last.pt"
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            assert all(p.is_alive() for p in self.processes), self.printed()
+            time.sleep(0.005)
+
+    def wait(self) -> list[int | None]:
+        """The exit statuses, a signal's negative."""
+        for process in self.processes:
+            process.join(timeout=300)
+        return [process.exitcode for process in self.processes]
+
+    def printed(self) -> str:
+        return "\n".join(path.read_text() for path in self.outputs if path.exists())
+
+    def step(self) -> int:
+        """The last one logged."""
+        return max((line["step"] for line in self.lines()), default=0)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Of metrics.jsonl; the one that a kill cut short is left out."""
+        file = self.folder / "metrics.jsonl"
+        text = file.read_text() if file.exists() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+@pytest.fixture
+def start(
+    tiny_model: list[str], tiny_data: list[str], tmp_path: Path
+) -> Iterator[Callable[..., Run]]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_det", "detection.engine.train", "detection.cli"])
+    started: list[ForkServerProcess] = []
+
+    def start(
+        *overrides: str, name: str = "run", num_processes: int = 1, kill_at: int | None = None
+    ) -> Run:
+        folder = tmp_path / name
+        arguments = [*tiny_model, *tiny_data, f"run_dir={folder}", *overrides]
+        environment = {}
+        if num_processes > 1:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            environment |= {"WORLD_SIZE": str(num_processes), "TORCHELASTIC_RUN_ID": "test"}
+            environment |= {"LOCAL_WORLD_SIZE": str(num_processes), "GROUP_WORLD_SIZE": "1"}
+        run = Run(folder, [], [])
+        for rank in range(num_processes):
+            output = tmp_path / f"{name}-{len(started)}.txt"
+            process = context.Process(
+                target=run_train_det,
+                args=(arguments, output, environment | {"RANK": str(rank)}, kill_at),
+            )
+            process.start()
+            started.append(process)
+            run.processes.append(process)
+            run.outputs.append(output)
+        return run
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    content = load_checkpoint(folder / "checkpoints" / "last.pt")
+    return {**content["model"], **{f"ema.{name}": value for name, value in content["ema"].items()}}
+
+
+def assert_equal_weights(a: Path, b: Path) -> None:
+    first, second = load_weights(a), load_weights(b)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def list_children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("num_kills", "steps"), [(3, 40), pytest.param(20, 200, marks=pytest.mark.slow)]
+)
+def test_kills_at_random_moments_lose_nothing_but_the_steps_since_the_last_checkpoint(
+    start: Callable[..., Run], run: Callable[..., Path], num_kills: int, steps: int
+):
+    """The first comes before there is any checkpoint."""
+    every = 7
+    options = [f"trainer.steps={steps}", f"trainer.checkpoint_every={every}"]
+    options += ["trainer.num_workers=1", "trainer.evaluate_every=25"]
+    moments = [0, *sorted(random.sample(range(1, steps - 5), num_kills - 1))]
+    for number, moment in enumerate(moments):
+        resume = f"resume={str(number > 0).lower()}"
+        killed = start(*options, resume, name="killed", kill_at=moment)
+        assert killed.wait() == [-signal.SIGKILL], killed.printed()
+        files = killed.folder.glob("checkpoints/*.pt")
+        saved = max((load_checkpoint(file)["step"] for file in files), default=0)
+        assert killed.step() - saved <= every, moments
+        assert (number == 1) == ("has no checkpoint yet: starting anew" in killed.printed())
+    resumed = start("resume=true", name="killed")
+    assert resumed.wait() == [0], resumed.printed()
+    whole = run(*options, name="whole")
+    assert_equal_weights(whole, resumed.folder)
+    numbers = [(line["kind"], line["step"]) for line in resumed.lines()]
+    assert numbers.count(("train", steps)) == 1 and len(numbers) == len(set(numbers))
+
+
+@pytest.mark.parametrize(
+    ("number", "num_processes"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)]
+)
+def test_a_signal_saves_and_says_how_to_go_on(
+    start: Callable[..., Run], number: signal.Signals, num_processes: int
+):
+    """Sent to the loaders' workers as well, as a terminal and a scheduler do, and often amid an
+    evaluation."""
+    options = ["trainer.steps=5000", "trainer.num_workers=1", "evaluation.num_workers=1"]
+    run = start(*options, "trainer.evaluate_every=2", num_processes=num_processes)
+    run.wait_for(lambda: run.step() > 0)
+    time.sleep(random.random())
+    for process in run.processes:
+        assert process.pid is not None
+        os.killpg(process.pid, number)
+    assert run.wait() == [0] * num_processes, run.printed()
+    step = load_checkpoint(run.last)["step"]
+    assert 0 < step < 5000
+    launcher = "python" if num_processes == 1 else "torchrun --nproc-per-node 2"
+    line = (
+        f"stopped at step {step}; go on with: {launcher} train_det.py run_dir={run.folder} resume"
+    )
+    assert run.printed().count(line) == 1
+
+
+@pytest.mark.parametrize("stopped_at", [2, 4])
+def test_a_signal_in_an_evaluation_ends_it(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, stopped_at: int
+):
+    """The one that is owed comes first when the run goes on, also after the last step."""
+    common = ("trainer.steps=4", "trainer.evaluate_every=2", "evaluation.batch_size=1")
+    whole = run(*common, name="whole")
+    forward, num_batches = Detector.forward, 0
+
+    def forward_and_signal(self: Detector, images: torch.Tensor) -> Any:
+        nonlocal num_batches
+        num_batches += 1
+        if num_batches == (2 if stopped_at == 2 else 7):  # the second of five images
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Detector, "forward", forward_and_signal)
+        folder = run(*common, name="stopped")
+    assert num_batches == (2 if stopped_at == 2 else 7)
+    assert load_checkpoint(folder / "checkpoints" / "last.pt")["step"] == stopped_at
+    assert f"stopped at step {stopped_at}; go on" in (folder / "train.log").read_text()
+    run("resume=true", name="stopped")
+    assert_equal_weights(whole, folder)
+    first, second = (
+        [
+            {key: value for key, value in json.loads(line).items() if key != "images_per_second"}
+            for line in (path / "metrics.jsonl").read_text().splitlines()
+        ]
+        for path in (whole, folder)
+    )
+    assert first == second
+    assert (whole / "metrics.json").read_text() == (folder / "metrics.json").read_text()
+    assert (
+        load_checkpoint(folder / "checkpoints" / "best.pt")["best_metric"]
+        == (load_checkpoint(whole / "checkpoints" / "best.pt")["best_metric"])
+    )
+
+
+def test_a_killed_worker_is_named(start: Callable[..., Run]):
+    run = start("trainer.steps=5000", "trainer.num_workers=1", "trainer.checkpoint_every=1")
+    run.wait_for(lambda: run.step() > 1)
+    pid = run.processes[0].pid
+    assert pid is not None
+    (worker,) = list_children(pid)
+    os.kill(worker, signal.SIGKILL)
+    assert run.wait() == [1]
+    # torch knows the signal where it learns of it at once.
+    cause = r"\(pid %d\) is killed by signal: Killed|\(pid\(s\) %d\) exited unexpectedly"
+    assert re.search(f"error: DataLoader worker ({cause % (worker, worker)})", run.printed())
+    assert "Traceback" not in run.printed()
+    assert load_checkpoint(run.last)["step"] > 0
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_data_folder_that_vanishes_is_one_line(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, split: str
+):
+    root = tmp_path / "shapes"
+    common = (f"data.root={root}", "trainer.steps=4", "trainer.checkpoint_every=1")
+    whole = run(*common, name="whole")
+    (images,) = root.glob(f"*/images/{split}")
+    aside = tmp_path / "aside"
+
+    def take_step_and_the_folder(state: TrainState, *arguments: Any) -> Any:
+        found = take_step(state, *arguments)
+        if state.step == 1:
+            images.rename(aside)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr("detection.engine.train.take_step", take_step_and_the_folder)
+        with pytest.raises(UserError, match=rf"{images}: none of its .*images can be read"):
+            run(*common, name="run")
+    aside.rename(images)
+    run("resume=true", *common, name="run")
+    assert_equal_weights(whole, tmp_path / "run")
+
+
+def test_the_death_of_one_process_ends_them_all(
+    tiny_model: list[str],
+    tiny_data: list[str],
+    tmp_path: Path,
+    start_script: Callable[..., subprocess.Popen[str]],
+):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = Run(tmp_path / "run", [], [])
+    options = ["trainer.steps=100000", f"run_dir={run.folder}"]
+    process = start_script("train_det.py", *tiny_model, *tiny_data, *options, launcher=launcher)
+    while run.step() < 1:
+        assert process.poll() is None
+        time.sleep(0.05)
+    ranks = {int(read_environment(pid)["RANK"]): pid for pid in list_children(process.pid)}
+    os.kill(ranks[1], signal.SIGKILL)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
+    assert "another process of this run has ended" in printed
+    assert re.search(r"rank +: 1 \(local_rank: 1\)\s+exitcode +: -9", printed), printed
+
+
+def read_environment(pid: int) -> dict[str, str]:
+    words = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def test_two_processes_give_the_losses_of_one_also_after_a_fall_back(
+    start: Callable[..., Run], run: Callable[..., Path]
+):
+    """At the same whole batch, batch norm in inference mode; five images to evaluate, for two."""
+    common = ["trainer.freeze_batch_norm=true", "trainer.checkpoint_every=1", "schedule.steps=8"]
+    one = run(*common, "trainer.steps=8", "trainer.evaluate_every=6", name="one")
+    common += ["trainer.evaluate_every=6", "logger=tensorboard"]
+    stopped = start(*common, "trainer.steps=6", name="two", num_processes=2)
+    assert stopped.wait() == [0, 0], stopped.printed()
+    assert len(list((stopped.folder / "tensorboard").iterdir())) == 1
+    stopped.last.write_bytes(stopped.last.read_bytes()[:1000])
+    two = start("resume=true", "trainer.steps=8", name="two", num_processes=2)
+    assert two.wait() == [0, 0], two.printed()
+    assert two.printed().count("step_00000005.pt, step 5") == 1
+    expected, found = Run(one, [], []).lines(), two.lines()
+    assert [line["step"] for line in expected] == [line["step"] for line in found]
+    for a, b in zip(expected, found, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    assert expected[-1]["AP"] == pytest.approx(found[-1]["AP"], abs=1e-6)
