@@ -53,7 +53,10 @@ def visualize(config: DictConfig) -> list[Path]:
     )
     if content["source"] is not None:
         return _draw_source(detector, content)
-    return _draw_split(detector, find_data(content, checkpoint), content)
+    data = find_data(content, checkpoint)
+    if content["routing"]:
+        return _draw_routing(detector, data, content)
+    return _draw_split(detector, data, content)
 
 
 def _draw_source(detector: Detector, content: dict[str, Any]) -> list[Path]:
@@ -144,6 +147,39 @@ def _draw_split(detector: Detector, data: dict[str, Any], content: dict[str, Any
         written.append(Path(content["output"]) / f"{index.image_ids[i]}.{suffix}")
         write_picture(picture, written[-1])
     LOGGER.info("%d pictures, ground truth beside detections: %s", len(written), content["output"])
+    return written
+
+
+def _draw_routing(detector: Detector, data: dict[str, Any], content: dict[str, Any]) -> list[Path]:
+    from rich.progress import track
+
+    from detection.build import build
+    from detection.data.sources import find_split, load_split
+    from detection.engine.run_folder import LOGGER
+    from detection.visualization.results import spread
+    from detection.visualization.routing import (
+        collect_routing,
+        find_collapse,
+        load_batches,
+        write_routing,
+    )
+
+    index = load_split(find_split(build(split_data(data)[0]), content["split"]))
+    chosen = spread(len(index), content["max_images"] or len(index))
+    unreadable: list[str] = []
+    batches = load_batches(
+        detector,
+        index,
+        track(chosen, description="routing"),
+        batch_size=content["batch_size"],
+        unreadable=unreadable,
+    )
+    names = [category.name for category in index.categories]
+    routing = collect_routing(detector, batches, names)
+    written = write_routing(routing, content["output"])
+    for line in [*(f"cannot read {name}" for name in unreadable), *find_collapse(routing)]:
+        LOGGER.warning(line)
+    LOGGER.info("routing of %d images: %s", len(routing.presence), content["output"])
     return written
 
 

@@ -29,12 +29,14 @@ class RoutingSummary(NamedTuple):
             expert has all, ln E where all have the same.
         saturated: share of the weights nearer to 0 or 1 than 0.01, where the sigmoid lets almost
             no gradient through.
+        unused: the experts whose weight is below 0.01 for every example.
     """
 
     mean: list[float]
     deviation: list[float]
     entropy: float
     saturated: float
+    unused: list[int]
 
 
 @contextmanager
@@ -102,4 +104,5 @@ def _summarize(weights: Tensor) -> RoutingSummary:
         deviation=weights.std(dim=0, correction=0).tolist(),
         entropy=torch.special.entr(weights / total).sum(dim=1).mean().item(),
         saturated=saturated.double().mean().item(),
+        unused=(weights < SATURATION).all(dim=0).nonzero()[:, 0].tolist(),
     )

@@ -147,7 +147,7 @@ def test_summary_by_hand() -> None:
     assert summary.mean == pytest.approx([0.7, 0.3])
     assert summary.deviation == pytest.approx([0.2, 0.2])
     assert summary.entropy == pytest.approx((math.log(2) + 0.325083) / 2, abs=1e-6)
-    assert summary.saturated == 0
+    assert summary.saturated == 0 and summary.unused == []
     json.dumps(summary._asdict())
 
 
@@ -173,6 +173,11 @@ def test_summary_of_constructed_routers(
     assert summary.deviation == pytest.approx([0.0] * len(logits), abs=1e-6)
     assert summary.entropy == pytest.approx(entropy, abs=1e-6)
     assert summary.saturated == saturated
+
+
+def test_unused_experts_weigh_nothing_for_any_example() -> None:
+    weights = torch.tensor([[0.009, 0.0, 0.5, 0.0], [0.009, 0.5, 0.5, 0.0]])
+    assert summarize_routing({"a": weights})["a"].unused == [0, 3]
 
 
 def test_compared_experts() -> None:
