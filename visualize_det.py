@@ -1,4 +1,4 @@
-"""Look at detections: `python visualize_det.py checkpoint=FILE source=IMAGE|FOLDER|VIDEO`.
+"""Look at detections: `python visualize_det.py checkpoint=FILE source=IMAGE|FOLDER|VIDEO|0`.
 
 configs/visualize.yaml has the keys.
 """
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from detection.detector import Detector
+    from detection.visualization.frames import DrawnFrame
 
 
 def main() -> None:
@@ -60,55 +61,76 @@ def visualize(config: DictConfig) -> list[Path]:
 
 
 def _draw_source(detector: Detector, content: dict[str, Any]) -> list[Path]:
-    from contextlib import ExitStack
-    from itertools import islice
+    from contextlib import closing
+    from time import perf_counter
 
-    from rich.progress import Progress
+    from rich.progress import MofNCompleteColumn, Progress
 
     from detection.engine.run_folder import LOGGER
-    from detection.evaluation.coco import coco_results, write_results
-    from detection.visualization.drawing import draw_detections
-    from detection.visualization.media import VideoWriter, read_source, write_picture
+    from detection.visualization.frames import draw_frames
+    from detection.visualization.media import read_source
 
     source = read_source(content["source"])
-    folder = Path(content["output"])
-    suffix = f".{content['format']}" if content["format"] else None
-    written: list[Path] = []
-    records: list[dict[str, Any]] = []
-    num_frames = 0
-    with ExitStack() as stack:
-        video = None
-        if source.is_video:
-            written.append(source.output_path(folder, source.path.name, ".mp4"))
-            video = stack.enter_context(VideoWriter(written[0], source.fps or 25))
-        progress = stack.enter_context(Progress())
-        task = progress.add_task("detecting", total=source.num_frames)
-        frames = iter(source)
-        while batch := list(islice(frames, content["batch_size"])):
-            found = detector.predict(
-                [frame.image for frame in batch], score_threshold=content["score_threshold"]
-            )
-            for frame, detections in zip(batch, found, strict=True):
-                boxes, scores, labels = detections
-                picture = draw_detections(frame.image, boxes, labels, scores, names=detector.names)
-                if video is None:
-                    written.append(source.output_path(folder, frame.name, suffix))
-                    write_picture(picture, written[-1])
-                else:
-                    video.write(picture)
-                results = coco_results(*detections, num_frames, detector.categories)
-                records += [{"file_name": frame.name, **result} for result in results]
-                num_frames += 1
-            progress.advance(task, len(batch))
+    limit, batch_size = content["max_images"], content["batch_size"]
+    num_expected = min(filter(None, (source.num_frames, limit)), default=None)
+    if num_expected != 1:
+        detector.warm_up(min(batch_size, num_expected or batch_size))
+    drawn: list[DrawnFrame] = []
+    frames = draw_frames(
+        detector,
+        source,
+        content["output"],
+        suffix=f".{content['format']}" if content["format"] else None,
+        score_threshold=content["score_threshold"],
+        batch_size=batch_size,
+        max_frames=limit,
+    )
+    started = perf_counter()
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
+        task = progress.add_task("detecting", total=num_expected)
+        with closing(frames):
+            try:
+                for frame in frames:
+                    drawn.append(frame)
+                    progress.advance(task)
+            except KeyboardInterrupt:
+                # The way to end a camera.
+                if source.camera is None:
+                    raise
+    rate = len(drawn) / (perf_counter() - started)
+    written = list(dict.fromkeys(frame.path for frame in drawn))
     if content["save_json"]:
-        written.append(folder / "detections.json")
-        write_results(records, written[-1])
+        written.append(Path(content["output"]) / "detections.json")
+        _write_detections(drawn, detector, written[-1])
     for name in source.unreadable:
         LOGGER.warning("cannot read %s: left out", name)
     if source.num_ignored:
         LOGGER.warning("%d files are no pictures by their suffix: left out", source.num_ignored)
-    LOGGER.info("%d detections in %d pictures: %s", len(records), num_frames, folder)
+    num_detections = sum(len(frame.detections.scores) for frame in drawn)
+    LOGGER.info(
+        f"{num_detections} detections in {len(drawn)} pictures, {rate:.1f} pictures a second: "
+        f"{content['output']}"
+    )
     return written
+
+
+def _write_detections(drawn: list[DrawnFrame], detector: Detector, path: Path) -> None:
+    """Everything that a COCO data set has, with scores: the source has no ids of its own."""
+    import json
+
+    from detection.evaluation.coco import coco_results
+
+    images, annotations = [], []
+    for image_id, (name, (height, width), found, _) in enumerate(drawn, start=1):
+        images.append({"id": image_id, "file_name": name, "height": height, "width": width})
+        for result in coco_results(*found[:3], image_id, detector.categories):
+            area = result["bbox"][2] * result["bbox"][3]
+            own = {"id": len(annotations) + 1, "area": area, "iscrowd": 0}
+            annotations.append({**own, **result})
+    categories = [category._asdict() for category in detector.categories]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _draw_split(detector: Detector, data: dict[str, Any], content: dict[str, Any]) -> list[Path]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
@@ -74,23 +77,74 @@ class Detector:
         return detections._replace(boxes=boxes)
 
     def predict(
-        self, images: ImageLike | Sequence[ImageLike], *, score_threshold: float = 0.0
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        score_threshold: float = 0.0,
+        batch_size: int = 8,
     ) -> list[ImageDetections]:
         """Detect on images given as paths, PIL images, or uint8 arrays (H, W, 3) or (H, W).
 
         Args:
-            images: one or several, all run as one batch.
+            images: one or any number.
             score_threshold: only detections of at least this score are given.
+            batch_size: images that the network sees at a time.
 
         Returns:
             For each image its detections, best first.
         """
-        pictures = open_images(images)
-        if not pictures:
-            return []
-        sizes = torch.tensor([[picture.height, picture.width] for picture in pictures])
-        batch = torch.stack([self.preprocess.resize_image(F.pil_to_tensor(p)) for p in pictures])
-        return unbatch(self.decode(self.forward(batch), sizes), score_threshold=score_threshold)
+        several = [images] if isinstance(images, ImageLike) else images
+        pairs = self.stream(several, score_threshold=score_threshold, batch_size=batch_size)
+        return [detections for _, detections in pairs]
+
+    def stream(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        score_threshold: float = 0.0,
+        batch_size: int = 8,
+    ) -> Generator[tuple[Image.Image, ImageDetections]]:
+        """`predict` for images that need not be in memory together: each with its detections.
+
+        A thread reads, decodes and resizes ahead, at most two batches, while the network runs.
+
+        Args:
+            images: read in that thread; may be endless.
+        """
+        waiting = iter(images)
+
+        def read() -> tuple[Image.Image, Tensor] | None:
+            for image in waiting:
+                (picture,) = open_images(image)
+                return picture, self.preprocess.resize_image(F.pil_to_tensor(picture))
+            return None
+
+        reader = ThreadPoolExecutor(1, thread_name_prefix="read")
+        try:
+            ahead = deque(reader.submit(read) for _ in range(2 * batch_size))
+            while True:
+                batch = []
+                while len(batch) < batch_size and (one := ahead.popleft().result()):
+                    batch.append(one)
+                    ahead.append(reader.submit(read))
+                if not batch:
+                    return
+                pictures, resized = zip(*batch, strict=True)
+                sizes = torch.tensor([[picture.height, picture.width] for picture in pictures])
+                found = self.decode(self.forward(torch.stack(resized)), sizes)
+                yield from zip(
+                    pictures,
+                    unbatch(found, score_threshold=score_threshold, names=self.names),
+                    strict=True,
+                )
+        finally:
+            reader.shutdown(cancel_futures=True)
+
+    def warm_up(self, batch_size: int = 8) -> None:
+        """Run once on nothing, since the first batch of a size takes longer."""
+        size = self.preprocess.input_size
+        images = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8)
+        unbatch(self.decode(self.forward(images), torch.full((batch_size, 2), size)))
 
 
 def match_categories(names: Sequence[str], categories: Sequence[Category]) -> Tensor:
@@ -111,11 +165,13 @@ def match_categories(names: Sequence[str], categories: Sequence[Category]) -> Te
     return torch.tensor([labels[category.name] for category in categories])
 
 
-def unbatch(detections: Detections, *, score_threshold: float = 0.0) -> list[ImageDetections]:
+def unbatch(
+    detections: Detections, *, score_threshold: float = 0.0, names: Sequence[str] = ()
+) -> list[ImageDetections]:
     """Cut the padding off: one `ImageDetections` an image, on the CPU."""
     boxes, scores, labels, valid = (field.cpu() for field in detections)
     kept = valid & (scores >= score_threshold)
     return [
-        ImageDetections(boxes[i][kept[i]], scores[i][kept[i]], labels[i][kept[i]])
+        ImageDetections(boxes[i][kept[i]], scores[i][kept[i]], labels[i][kept[i]], tuple(names))
         for i in range(len(boxes))
     ]

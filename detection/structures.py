@@ -86,8 +86,10 @@ class ImageDetections(NamedTuple):
         boxes: (N, 4) float32, xyxy in pixels of the image as it was given.
         scores: (N,) float32 in [0, 1].
         labels: (N,) int64, contiguous from 0.
+        names: the class names by label.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    names: tuple[str, ...] = ()

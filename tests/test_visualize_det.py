@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -9,8 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools.coco import COCO
 
+from detection.detector import Detector
 from detection.errors import UserError
+from detection.visualization.frames import draw_frames
 from detection.visualization.media import VideoWriter, read_source
 from visualize_det import visualize
 
@@ -53,14 +55,22 @@ def test_a_folder_with_json(draw: Callable[..., list[Path]], tmp_path: Path):
     (tmp_path / "in" / "notes.txt").write_text("no image")
     written = draw(f"source={tmp_path / 'in'}", "save_json=true", "format=png")
     assert all(path.exists() for path in written)
-    pictures, table = written[:-1], json.loads(written[-1].read_text())
-    assert [path.suffix for path in pictures] == [".png", ".png"]
-    assert {record["file_name"] for record in table} == {"a.jpg", "b/c.png"}
-    for record in table:
+    assert [path.suffix for path in written] == [".png", ".png", ".json"]
+    # A data set of its own: what COCO tools read without any other file.
+    ours = COCO(str(written[-1]))
+    assert [(own["id"], own["file_name"]) for own in ours.dataset["images"]] == [
+        (1, "a.jpg"),
+        (2, "b/c.png"),
+    ]
+    assert {own["name"] for own in ours.dataset["categories"]} >= {"circle"}
+    assert len(ours.anns) == len(ours.dataset["annotations"]) > 0
+    for record in ours.dataset["annotations"]:
         x, y, width, height = record["bbox"]
-        size = (500, 400) if record["file_name"] == "a.jpg" else (300, 600)
-        assert x >= 0 and y >= 0
-        assert x + width <= size[0] + 0.01 and y + height <= size[1] + 0.01
+        image = ours.imgs[record["image_id"]]
+        assert x >= 0 and y >= 0 and 0 <= record["score"] <= 1
+        assert x + width <= image["width"] + 0.01 and y + height <= image["height"] + 0.01
+    predictions = COCO(str(written[-1])).loadRes(ours.dataset["annotations"])
+    assert len(predictions.anns) == len(ours.anns)
 
 
 def test_a_video(draw: Callable[..., list[Path]], tmp_path: Path):
@@ -70,6 +80,27 @@ def test_a_video(draw: Callable[..., list[Path]], tmp_path: Path):
     (drawn,) = draw(f"source={tmp_path / 'in.mp4'}", "batch_size=2")
     source = read_source(drawn)
     assert len(list(source)) == 5 and source.fps == 10
+
+
+def test_the_end_of_a_video_that_never_ends(draw: Callable[..., list[Path]], tmp_path: Path):
+    with VideoWriter(tmp_path / "in.mp4", 10) as video:
+        for _ in range(9):
+            video.write(Image.new("RGB", (480, 320)))
+    (drawn,) = draw(f"source={tmp_path / 'in.mp4'}", "batch_size=2", "max_images=5")
+    assert len(list(read_source(drawn))) == 5
+
+
+def test_frames_drawn_so_far_are_kept(trained: Path, tmp_path: Path):
+    with VideoWriter(tmp_path / "in.mp4", 10) as video:
+        for _ in range(9):
+            video.write(Image.new("RGB", (480, 320)))
+    detector = Detector.from_checkpoint(trained / "checkpoints" / "best.pt")
+    source = read_source(tmp_path / "in.mp4")
+    frames = draw_frames(detector, source, tmp_path / "out", batch_size=2)
+    for _ in range(3):
+        next(frames)
+    frames.close()
+    assert len(list(read_source(tmp_path / "out" / "in.mp4"))) == 3
 
 
 def test_a_split_beside_its_ground_truth(draw: Callable[..., list[Path]], trained: Path):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from detection.data.coco import CocoIndex
@@ -140,10 +140,10 @@ def evaluate_exported(
 
 
 def _known_results(
-    found: Iterable[Tensor], image_id: int, categories: dict[int, Category]
+    found: Iterable[Any], image_id: int, categories: dict[int, Category]
 ) -> list[dict[str, Any]]:
     """`coco_results` of `ImageDetections`, without those of labels that are no categories."""
-    boxes, scores, labels = found
+    boxes, scores, labels, *_ = found
     known = torch.isin(labels, torch.tensor(list(categories)))
     return coco_results(boxes[known], scores[known], labels[known], image_id, categories)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from detection.visualization.colors import class_colors
-from detection.visualization.drawing import draw_detections
+from detection.visualization.drawing import draw_boxes, draw_detections
 from detection.visualization.gallery import contact_sheet, side_by_side
 from detection.visualization.media import (
     Frame,
@@ -19,6 +19,7 @@ __all__ = [
     "VideoWriter",
     "class_colors",
     "contact_sheet",
+    "draw_boxes",
     "draw_detections",
     "read_source",
     "side_by_side",

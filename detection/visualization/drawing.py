@@ -16,19 +16,47 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from detection.errors import UserError
+from detection.onnx_detector import ArrayDetections
+from detection.structures import ImageDetections
 from detection.visualization.colors import class_colors, text_color
 
 # Left, top, right, bottom in pixels; right and bottom are outside.
 Rectangle = tuple[int, int, int, int]
+DASH = (255, 255, 255)
 
 
 def draw_detections(
+    image: Image.Image | np.ndarray | Tensor,
+    detections: ImageDetections | ArrayDetections,
+    *,
+    names: Sequence[str] | None = None,
+    score_threshold: float = 0.0,
+    min_size: int = 480,
+) -> Image.Image:
+    """`draw_boxes` of what a detector's `predict` gives for an image.
+
+    Args:
+        names: the class names; None takes those of the detections, which `Detector` gives them.
+    """
+    return draw_boxes(
+        image,
+        detections.boxes,
+        detections.labels,
+        detections.scores,
+        names=getattr(detections, "names", ()) if names is None else names,
+        score_threshold=score_threshold,
+        min_size=min_size,
+    )
+
+
+def draw_boxes(
     image: Image.Image | np.ndarray | Tensor,
     boxes_xyxy: Any,
     labels: Any,
     scores: Any = None,
     *,
     names: Sequence[str],
+    marks: Sequence[str] | None = None,
     score_threshold: float = 0.0,
     min_size: int = 480,
 ) -> Image.Image:
@@ -40,7 +68,9 @@ def draw_detections(
         boxes_xyxy: (N, 4) in pixels of the image: tensor, array or list.
         labels: (N,) places in `names`.
         scores: (N,), or None for boxes that have none, as ground truth: all of those are drawn.
-        names: the class names, which also decide the colours.
+        names: the class names, which also decide the colours. What Pillow's own font lacks is
+            written in an installed font that has it.
+        marks: a word for each box, before its name; a box with one gets a dashed frame.
         score_threshold: boxes of a lower score are left out.
         min_size: an image whose longer side is below this is enlarged by a whole factor to at least
             this, so that labels stay legible; 0 never enlarges.
@@ -49,7 +79,7 @@ def draw_detections(
         A new RGB picture.
 
     Raises:
-        UserError: the image is of another type or shape.
+        UserError: the image is of another type or shape, or a label has no name.
     """
     picture = to_picture(image)
     scale = max(1, math.ceil(min_size / max(picture.size)))
@@ -58,7 +88,11 @@ def draw_detections(
         picture = picture.resize(size, Image.Resampling.BICUBIC)
 
     boxes = torch.as_tensor(boxes_xyxy, dtype=torch.float64).reshape(-1, 4).mul(scale).tolist()
-    box_names = [names[int(label)] for label in torch.as_tensor(labels)]
+    places = [int(label) for label in torch.as_tensor(labels)]
+    if places and max(places) >= len(names):
+        raise UserError(f"label {max(places)} has no name: give names, {len(names)} are known")
+    box_names = [names[place] for place in places]
+    marks = marks or [""] * len(boxes)
     order = list(range(len(boxes)))
     texts = [""] * len(boxes)
     if scores is not None:
@@ -74,13 +108,25 @@ def draw_detections(
     for i, (left, top, right, bottom) in zip(order, rectangles, strict=True):
         outline = colors[box_names[i]]
         draw.rectangle((left, top, right - 1, bottom - 1), outline=outline, width=line_width)
+        if marks[i]:
+            _dash(draw, (left, top, right, bottom), line_width)
 
-    font, padding = _font(font_size), font_size // 5
+    padding = font_size // 5
     max_width = picture.width - 2 * padding
-    texts = [_shorten(box_names[i], texts[i], font, max_width) for i in order]
-    sizes = [(math.ceil(font.getlength(t)) + 2 * padding, font_size + 2 * padding) for t in texts]
-    places = _place_labels(rectangles, sizes, picture.size)
-    for i, text, (left, top, right, bottom) in zip(order, texts, places, strict=True):
+    written = [f"{marks[i]} {box_names[i]}".lstrip() for i in order]
+    fonts = [_font(text, font_size) for text in written]
+    texts = [
+        _shorten(text, texts[i], font, max_width)
+        for i, text, font in zip(order, written, fonts, strict=True)
+    ]
+    sizes = [
+        (math.ceil(font.getlength(text)) + 2 * padding, font_size + 2 * padding)
+        for text, font in zip(texts, fonts, strict=True)
+    ]
+    label_places = _place_labels(rectangles, sizes, picture.size)
+    for i, text, font, (left, top, right, bottom) in zip(
+        order, texts, fonts, label_places, strict=True
+    ):
         color = colors[box_names[i]]
         draw.rectangle((left, top, right - 1, bottom - 1), fill=color)
         middle = (left + padding, (top + bottom) / 2)
@@ -105,8 +151,43 @@ def to_picture(image: Image.Image | np.ndarray | Tensor) -> Image.Image:
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+def _font(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font, or the first that has all characters of the text."""
+    if text.isascii():
+        return ImageFont.load_default(size)
+    path = _find_font(frozenset(text))
+    return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+
+
+@cache
+def _find_font(characters: frozenset[str]) -> str | None:
+    # Matplotlib brings DejaVu Sans, and knows what else is installed; few pictures need it.
+    from matplotlib import font_manager
+    from matplotlib.ft2font import FT2Font
+
+    installed = sorted({font.fname for font in font_manager.fontManager.ttflist})
+    for path in [font_manager.findfont("DejaVu Sans"), *installed]:
+        try:
+            known = FT2Font(path).get_charmap()
+        except (OSError, RuntimeError):
+            continue
+        if all(ord(character) in known for character in characters):
+            return path
+    return None
+
+
+def _dash(draw: ImageDraw.ImageDraw, rectangle: Rectangle, width: int) -> None:
+    """White dashes on a frame."""
+    left, top, right, bottom = rectangle
+    length = 4 * width
+    for x in range(left + length, right - width, 2 * length):
+        end = min(x + length, right) - 1
+        draw.rectangle((x, top, end, min(top + width, bottom) - 1), fill=DASH)
+        draw.rectangle((x, max(bottom - width, top), end, bottom - 1), fill=DASH)
+    for y in range(top + length, bottom - width, 2 * length):
+        end = min(y + length, bottom) - 1
+        draw.rectangle((left, y, min(left + width, right) - 1, end), fill=DASH)
+        draw.rectangle((max(right - width, left), y, right - 1, end), fill=DASH)
 
 
 def _to_rectangle(box_xyxy: list[float], size: tuple[int, int]) -> Rectangle:

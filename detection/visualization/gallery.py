@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from detection.boxes import pairwise_iou
 from detection.structures import ImageDetections
-from detection.visualization.drawing import draw_detections
+from detection.visualization.drawing import draw_boxes
 
 BACKGROUND = (255, 255, 255)
 INK = (32, 32, 32)
@@ -18,8 +18,8 @@ INK = (32, 32, 32)
 
 def side_by_side(
     image: Image.Image | np.ndarray | Tensor,
-    truth_boxes_xyxy: Any,
-    truth_labels: Any,
+    truth_boxes_xyxy: Tensor,
+    truth_labels: Tensor,
     detections: ImageDetections,
     *,
     names: Sequence[str],
@@ -29,37 +29,72 @@ def side_by_side(
 ) -> Image.Image:
     """Ground truth on the left, detections on the right, each under its caption.
 
+    What is missed and what is false is dashed and named so; see `match_detections`.
+
     Args:
-        image: as in `draw_detections`.
+        image: as in `draw_boxes`.
         truth_boxes_xyxy: (G, 4) in pixels of the image.
         truth_labels: (G,) places in `names`.
         detections: what the detector found in the image.
         names: the class names.
         score_threshold: detections of a lower score are left out.
-        min_size: as in `draw_detections`.
+        min_size: as in `draw_boxes`.
         gap: pixels between the two.
     """
-    num_shown = int((detections.scores >= score_threshold).sum())
+    kept = detections.scores >= score_threshold
+    boxes, scores, labels = (field[kept] for field in detections[:3])
+    shown = ImageDetections(boxes, scores, labels)
+    found, correct = match_detections(truth_boxes_xyxy, truth_labels, shown)
     return contact_sheet(
         [
-            draw_detections(image, truth_boxes_xyxy, truth_labels, names=names, min_size=min_size),
-            draw_detections(
+            draw_boxes(
                 image,
-                detections.boxes,
-                detections.labels,
-                detections.scores,
+                truth_boxes_xyxy,
+                truth_labels,
                 names=names,
-                score_threshold=score_threshold,
+                marks=["" if one else "missed" for one in found],
+                min_size=min_size,
+            ),
+            draw_boxes(
+                image,
+                boxes,
+                labels,
+                scores,
+                names=names,
+                marks=["" if one else "false" for one in correct],
                 min_size=min_size,
             ),
         ],
         columns=2,
         captions=[
-            f"ground truth: {len(truth_labels)}",
-            f"detections: {num_shown} of score {score_threshold:.2f} or more",
+            f"ground truth: {len(found)}, {found.count(False)} missed",
+            f"detections of score {score_threshold:.2f} or more: {len(correct)},"
+            f" {correct.count(False)} false",
         ],
         gap=gap,
     )
+
+
+def match_detections(
+    truth_boxes_xyxy: Tensor,
+    truth_labels: Tensor,
+    detections: ImageDetections,
+    *,
+    iou_threshold: float = 0.5,
+) -> tuple[list[bool], list[bool]]:
+    """Which ground truth is found, and which detections are correct: (G,) and (N,).
+
+    As COCO matches: the surest detection first, each takes the free box of its class that it
+    overlaps most, if by the threshold at least.
+    """
+    found, correct = [False] * len(truth_labels), [False] * len(detections.labels)
+    same = detections.labels[:, None] == truth_labels
+    overlaps = pairwise_iou(detections.boxes, truth_boxes_xyxy.float()) * same
+    for i in detections.scores.argsort(descending=True, stable=True).tolist():
+        free = [j for j, taken in enumerate(found) if not taken and overlaps[i, j] >= iou_threshold]
+        if free:
+            found[max(free, key=overlaps[i].__getitem__)] = correct[i] = True
+    return found, correct
 
 
 def contact_sheet(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -33,11 +34,12 @@ class Frame(NamedTuple):
 
 
 class Source:
-    """The pictures of one image, folder or video, in order; iterate for its `Frame`s.
+    """The pictures of one image, folder, video or camera, in order; iterate for its `Frame`s.
 
     Attributes:
-        path: as given.
-        is_video: whether the frames are those of a video.
+        path: as given; `camera_N` for a camera, which is no file.
+        camera: the number of a camera, else None.
+        is_video: whether the frames are those of a video or a camera.
         fps: frames a second of a video, else None.
         num_frames: how many frames to expect; None where a video does not say.
         num_ignored: files of a folder that are no pictures by their suffix, or hidden.
@@ -50,9 +52,11 @@ class Source:
         files: list[Path],
         *,
         is_video: bool = False,
+        camera: int | None = None,
         num_ignored: int = 0,
     ) -> None:
         self.path = path
+        self.camera = camera
         self.files = files
         self._sources = frozenset(file.resolve() for file in files)
         self.is_video = is_video
@@ -61,7 +65,7 @@ class Source:
         self.fps: Fraction | None = None
         self.num_frames: int | None = len(files)
         if is_video:
-            with _open_video(path) as container:
+            with self._open() as container:
                 stream = container.streams.video[0]
                 self.fps = stream.average_rate or stream.guessed_rate or Fraction(25)
                 self.num_frames = stream.frames or None
@@ -98,6 +102,9 @@ class Source:
             raise UserError(f"{target} is a file of the source: choose another output folder")
         return target
 
+    def _open(self) -> Any:
+        return _open_video(self.path) if self.camera is None else _open_camera(self.camera)
+
     def _read_pictures(self) -> Iterator[Frame]:
         for file in self.files:
             name = file.relative_to(self.root).as_posix()
@@ -114,7 +121,7 @@ class Source:
 
     def _read_video(self) -> Iterator[Frame]:
         num_read = 0
-        with _open_video(self.path) as container:
+        with self._open() as container:
             try:
                 for frame in container.decode(video=0):
                     image = frame.to_image().rotate(frame.rotation, expand=True)
@@ -128,19 +135,24 @@ class Source:
             raise UserError(f"{self.path} holds no frames")
 
 
-def read_source(path: str | Path) -> Source:
+def read_source(path: str | Path | int) -> Source:
     """What `path` holds: a picture, a video, or a folder with all pictures below it, sorted.
+
+    A number is a camera, from 0; its frames never end.
 
     EXIF orientation and a video's rotation are applied. In a folder, files that cannot be read are
     skipped and named in `Source.unreadable`.
 
     Raises:
-        UserError: the path is missing, a folder without pictures, or of an unknown type; or, while
-            iterating, a picture or video that stands alone, or a whole folder, cannot be read.
+        UserError: the path or camera is missing, a folder without pictures, or of an unknown type;
+            or, while iterating, a picture or video that stands alone, or a whole folder, cannot be
+            read.
     """
-    path = Path(path)
+    if str(path).isdigit():
+        return Source(Path(f"camera_{path}"), [], is_video=True, camera=int(str(path)))
+    path = Path(str(path))
     if not path.exists():
-        raise UserError(f"{path} does not exist: give an image, a folder or a video")
+        raise UserError(f"{path} does not exist: give an image, a folder, a video or a camera (0)")
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.is_file())
         files = [file for file in found if _is_picture(file.relative_to(path))]
@@ -173,7 +185,7 @@ def write_picture(picture: Image.Image, path: str | Path) -> None:
 
 
 class VideoWriter:
-    """Writes pictures of one size as an H.264 MP4; a context manager.
+    """Writes pictures as an H.264 MP4 of the first one's size; a context manager.
 
     The file appears under its name when all went well and a picture was written. An odd width or
     height, which H.264's usual pixel format cannot hold, gets one more black column or row.
@@ -198,9 +210,12 @@ class VideoWriter:
         self._stream: Any = None
 
     def write(self, picture: Image.Image) -> None:
-        """Append a picture of the first one's size."""
+        """Append a picture; one of another size than the first is fitted into that, on black."""
+        if self._stream is not None and picture.size != self._size:
+            picture = ImageOps.pad(picture, self._size)
         padded = ImageOps.expand(picture, (0, 0, picture.width % 2, picture.height % 2))
         if self._stream is None:
+            self._size = picture.size
             self._stream = self._container.add_stream("libx264", rate=self._fps)
             self._stream.width, self._stream.height = padded.size
             self._stream.pix_fmt = "yuv420p"
@@ -241,6 +256,19 @@ def _open_video(path: Path) -> Any:
         raise UserError(f"{path} holds no video")
     container.streams.video[0].thread_type = "AUTO"
     return container
+
+
+def _open_camera(number: int) -> Any:
+    av = _import_av()
+    name, form = {
+        "linux": (f"/dev/video{number}", "v4l2"),
+        "darwin": (str(number), "avfoundation"),
+        "win32": (str(number), "vfwcap"),
+    }[sys.platform]
+    try:
+        return av.open(name, format=form)
+    except (av.FFmpegError, ValueError) as error:
+        raise UserError(f"camera {number} cannot be opened ({error})") from None
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

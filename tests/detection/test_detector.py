@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -73,3 +75,60 @@ def test_classes_are_matched_by_name(detector: Detector):
     assert detector.match_categories(categories).tolist() == [3, 0]
     with pytest.raises(UserError, match="none named 'zebra'"):
         detector.match_categories([Category(1, "zebra")])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_a_stream_gives_each_image_with_its_detections(detector: Detector, batch_size: int):
+    images = [noise(100, 60 + i, i) for i in range(5)]
+    expected = detector.predict(images)
+    pairs = list(detector.stream(iter(images), batch_size=batch_size))
+    assert [picture.height for picture, _ in pairs] == [60, 61, 62, 63, 64]
+    for (_, found), one in zip(pairs, expected, strict=True):
+        torch.testing.assert_close(found.scores, one.scores, atol=1e-5, rtol=1e-4)
+        assert found.names == tuple(detector.names)
+
+
+def test_a_stream_reads_no_more_than_two_batches_ahead(detector: Detector):
+    read = []
+
+    def endless() -> Iterator[np.ndarray]:
+        while True:
+            read.append(len(read))
+            yield noise(40, 30, 0)
+
+    pairs = detector.stream(endless(), batch_size=2)
+    next(pairs)
+    assert len(read) <= 6
+    pairs.close()
+    num_read = len(read)
+    assert not any(thread.name.startswith("read") for thread in threading.enumerate())
+    assert len(read) == num_read
+
+
+def test_an_image_that_cannot_be_read_ends_a_stream(detector: Detector, tmp_path: Path):
+    (tmp_path / "a.jpg").write_bytes(b"no image")
+    pairs = detector.stream([noise(40, 30, 0), tmp_path / "a.jpg"], batch_size=1)
+    next(pairs)
+    with pytest.raises(UserError, match=r"cannot read .*a\.jpg"):
+        next(pairs)
+
+
+def test_supervision_takes_detections(detector: Detector):
+    """The recipe of the README."""
+    (found,) = detector.predict(noise(80, 60, 0))
+    fields = {
+        "xyxy": found.boxes.numpy(),
+        "confidence": found.scores.numpy(),
+        "class_id": found.labels.numpy(),
+        "data": {"class_name": np.array(found.names)[found.labels.numpy()]},
+    }
+    num = len(found.scores)
+    assert num > 0
+    # What `supervision.Detections` checks: float boxes (N, 4), and arrays of N beside them.
+    assert fields["xyxy"].shape == (num, 4) and fields["xyxy"].dtype == np.float32
+    assert fields["confidence"].shape == fields["class_id"].shape == (num,)
+    assert fields["data"]["class_name"].shape == (num,)
+    supervision = pytest.importorskip("supervision")
+    theirs = supervision.Detections(**fields)
+    assert len(theirs) == num and theirs["class_name"][0] == found.names[int(found.labels[0])]
+    assert len(theirs[theirs.confidence > 1]) == 0

@@ -81,7 +81,7 @@ def check_training(parts: ModelParts) -> None:
 
 def assert_same(ours: ImageDetections, expected: ImageDetections, tolerance: float) -> None:
     assert len(ours.scores) == len(expected.scores) > 0
-    for field, expected_field in zip(ours, expected, strict=True):
+    for field, expected_field in zip(ours[:3], expected[:3], strict=True):
         torch.testing.assert_close(field, expected_field, rtol=tolerance, atol=tolerance)
 
 

@@ -8,8 +8,8 @@ from PIL import Image
 
 from detection.structures import ImageDetections
 from detection.visualization.colors import class_colors
-from detection.visualization.drawing import draw_detections
-from detection.visualization.gallery import contact_sheet, side_by_side
+from detection.visualization.drawing import draw_boxes
+from detection.visualization.gallery import contact_sheet, match_detections, side_by_side
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -34,11 +34,53 @@ def test_side_by_side_shows_truth_left_and_detections_right() -> None:
     colors = class_colors(names)
     assert left_half.getpixel((100, 200)) == colors["cat"]
     assert right_half.getpixel((350, 300)) == colors["dog"]
-    expected = draw_detections(image, detections.boxes[:1], [1], detections.scores[:1], names=names)
+    expected = draw_boxes(
+        image, detections.boxes[:1], [1], detections.scores[:1], names=names, marks=["false"]
+    )
     assert right_half.tobytes() == expected.tobytes()
     captions = sheet.crop((0, 0, 640, top)), sheet.crop((650, 0, 1290, top))
     assert all(len(caption.getcolors() or ()) > 1 for caption in captions)
     assert captions[0].tobytes() != captions[1].tobytes()
+
+
+BOX, NEAR, FAR = [0.0, 0, 100, 100], [0.0, 10, 100, 110], [200.0, 0, 300, 100]
+
+
+@pytest.mark.parametrize(
+    ("truth", "detected", "found", "correct"),
+    [
+        ([], [], [], []),
+        ([(BOX, 0)], [], [False], []),
+        ([], [(BOX, 0, 0.9)], [], [False]),
+        ([(BOX, 0)], [(BOX, 0, 0.9)], [True], [True]),
+        ([(BOX, 0)], [(BOX, 1, 0.9)], [False], [False]),
+        ([(BOX, 0)], [(FAR, 0, 0.9)], [False], [False]),
+        # Of two on one object the surer is correct, wherever it stands.
+        ([(BOX, 0)], [(BOX, 0, 0.3), (NEAR, 0, 0.9)], [True], [False, True]),
+        # The nearer of two objects is taken, and the other is left for the next.
+        ([(NEAR, 0), (BOX, 0)], [(BOX, 0, 0.9)], [False, True], [True]),
+        ([(NEAR, 0), (BOX, 0)], [(BOX, 0, 0.9), (BOX, 0, 0.8)], [True, True], [True, True]),
+    ],
+)
+def test_matches(truth: list, detected: list, found: list[bool], correct: list[bool]) -> None:
+    detections = ImageDetections(
+        torch.tensor([box for box, _, _ in detected]).view(-1, 4),
+        torch.tensor([score for _, _, score in detected]),
+        torch.tensor([label for _, label, _ in detected]).long(),
+    )
+    boxes = torch.tensor([box for box, _ in truth]).view(-1, 4)
+    labels = torch.tensor([label for _, label in truth]).long()
+    assert match_detections(boxes, labels, detections) == (found, correct)
+
+
+def test_what_is_missed_is_dashed_on_the_left() -> None:
+    image = Image.new("RGB", (640, 480), (90, 90, 90))
+    truth, labels = torch.tensor([[100.0, 100, 300, 300], [400, 100, 600, 300]]), torch.zeros(2)
+    detections = ImageDetections(truth[:1], torch.tensor([0.9]), torch.tensor([0]))
+    sheet = side_by_side(image, truth, labels.long(), detections, names=["cat"])
+    left = sheet.crop((0, sheet.height - 480, 640, sheet.height))
+    expected = draw_boxes(image, truth, labels, names=["cat"], marks=["", "missed"])
+    assert left.tobytes() == expected.tobytes()
 
 
 def test_side_by_side_of_a_small_image_without_anything() -> None:

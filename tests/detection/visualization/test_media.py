@@ -202,3 +202,58 @@ def test_videos_without_pyav_name_the_remedy(
     ):
         with pytest.raises(UserError, match=r'pip install "condconv-detection\[video\]"'):
             make()
+
+
+def write_stream(path: Path, size: tuple[int, int]) -> bytes:
+    """Ten blue frames as MPEG-TS, which can be joined end to end."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w", format="mpegts") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for _ in range(10):
+            frame = av.VideoFrame.from_image(Image.new("RGB", size, BLUE))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path.read_bytes()
+
+
+def test_a_video_whose_frames_change_their_size(tmp_path: Path) -> None:
+    path = tmp_path / "in.mpg"
+    path.write_bytes(
+        write_stream(tmp_path / "a", (96, 64)) + write_stream(tmp_path / "b", (64, 128))
+    )
+    frames = list(read_source(path))
+    assert {frame.image.size for frame in frames} == {(96, 64), (64, 128)}
+    with VideoWriter(tmp_path / "out.mp4", 10) as writer:
+        for frame in frames:
+            writer.write(frame.image)
+    written = [frame.image for frame in read_source(tmp_path / "out.mp4")]
+    assert len(written) == len(frames)
+    assert {image.size for image in written} == {(96, 64)}
+    # The tall frame fits in whole, with black beside it.
+    pixels = np.asarray(written[-1]).astype(int)
+    assert np.allclose(pixels[32, 48], BLUE, atol=20) and np.allclose(pixels[32, 8], 0, atol=20)
+
+
+def test_a_camera(monkeypatch: pytest.MonkeyPatch) -> None:
+    av = pytest.importorskip("av")
+    opened = []
+
+    def open_generated(name: str, *, format: str) -> object:
+        opened.append((name, format))
+        return real_open("testsrc=size=64x48:rate=10", format="lavfi")
+
+    real_open = av.open
+    monkeypatch.setattr(av, "open", open_generated)
+    monkeypatch.setattr(sys, "platform", "linux")
+    source = read_source(3)
+    assert (source.camera, source.is_video, source.fps, source.num_frames) == (3, True, 10, None)
+    assert source.output_path("out", source.path.name, ".mp4") == Path("out/camera_3.mp4")
+    frames = iter(source)
+    assert [next(frames).image.size for _ in range(3)] == [(64, 48)] * 3
+    assert set(opened) == {("/dev/video3", "v4l2")}
+
+
+def test_a_camera_that_is_not_there() -> None:
+    with pytest.raises(UserError, match="camera 97 cannot be opened"):
+        read_source("97")
