@@ -95,8 +95,7 @@ def _draw_source(detector: Detector, content: dict[str, Any]) -> list[Path]:
                     progress.advance(task)
             except KeyboardInterrupt:
                 # The way to end a camera.
-                if source.camera is None:
-                    raise
+                LOGGER.info("interrupted")
     rate = len(drawn) / (perf_counter() - started)
     written = list(dict.fromkeys(frame.path for frame in drawn))
     if content["save_json"]:

@@ -90,17 +90,29 @@ def test_the_end_of_a_video_that_never_ends(draw: Callable[..., list[Path]], tmp
     assert len(list(read_source(drawn))) == 5
 
 
-def test_frames_drawn_so_far_are_kept(trained: Path, tmp_path: Path):
+@pytest.mark.parametrize("how", ["closed", "interrupted"])
+def test_frames_drawn_so_far_are_kept(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+):
     with VideoWriter(tmp_path / "in.mp4", 10) as video:
         for _ in range(9):
             video.write(Image.new("RGB", (480, 320)))
     detector = Detector.from_checkpoint(trained / "checkpoints" / "best.pt")
     source = read_source(tmp_path / "in.mp4")
     frames = draw_frames(detector, source, tmp_path / "out", batch_size=2)
-    for _ in range(3):
+    for _ in range(4):
         next(frames)
-    frames.close()
-    assert len(list(read_source(tmp_path / "out" / "in.mp4"))) == 3
+    if how == "closed":
+        frames.close()
+    else:
+        monkeypatch.setattr(detector, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            next(frames)
+    assert len(list(read_source(tmp_path / "out" / "in.mp4"))) == 4
+
+
+def interrupt(_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_split_beside_its_ground_truth(draw: Callable[..., list[Path]], trained: Path):

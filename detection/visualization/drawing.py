@@ -165,7 +165,10 @@ def _find_font(characters: frozenset[str]) -> str | None:
     from matplotlib import font_manager
     from matplotlib.ft2font import FT2Font
 
-    installed = sorted({font.fname for font in font_manager.fontManager.ttflist})
+    # Last Resort has a sign for every block of characters, and no character.
+    installed = sorted(
+        {f.fname for f in font_manager.fontManager.ttflist if "Last Resort" not in f.name}
+    )
     for path in [font_manager.findfont("DejaVu Sans"), *installed]:
         try:
             known = FT2Font(path).get_charmap()

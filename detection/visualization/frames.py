@@ -46,8 +46,8 @@ def draw_frames(
 ) -> Generator[DrawnFrame]:
     """Draw what is detected in a source; all is written when the iterator has come to its end.
 
-    The network runs in this thread; others read ahead and write behind it. A video whose iterator
-    is closed before its end holds what was drawn until then.
+    The network runs in this thread; others read ahead and write behind it. Closed or interrupted
+    before its end, it first writes what was drawn until then.
 
     Args:
         folder: for the pictures under their own names, or the video.
@@ -58,6 +58,7 @@ def draw_frames(
         UserError: the source cannot be read, or would be overwritten.
     """
     names: deque[str] = deque()
+    interrupt = None
 
     def read() -> Iterator[Image.Image]:
         for frame in islice(source, max_frames):
@@ -92,5 +93,9 @@ def draw_frames(
                 yield DrawnFrame(name, (image.height, image.width), detections, path)
         except GeneratorExit:
             pass
+        except KeyboardInterrupt as error:
+            interrupt = error
         for future in behind:
             future.result()
+    if interrupt:
+        raise interrupt
