@@ -13,10 +13,12 @@ from condconv.diagnostics import (
 )
 from condconv.functional import condconv2d
 from condconv.layers import CondConv2d, Conv2dSame, RoutedCondConv2d, Router
+from condconv.specialization import FixedConv2d, specialize
 
 __all__ = [
     "CondConv2d",
     "Conv2dSame",
+    "FixedConv2d",
     "ModuleCost",
     "RoutedCondConv2d",
     "Router",
@@ -29,6 +31,7 @@ __all__ = [
     "cost_table",
     "count_multiply_adds",
     "count_parameters",
+    "specialize",
     "spread_over_experts",
     "summarize_routing",
 ]

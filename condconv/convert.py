@@ -105,7 +105,7 @@ def convert_to_condconv(
         router = Router(in_channels, num_experts)
         start(router, {}, kernels[0])
         block.router = router.requires_grad_(any(kernel.requires_grad for kernel in kernels))
-    module = _replace(module, layers)
+    module = replace_modules(module, layers)
     for block in blocks:
         block.__class__ = _routed_class(type(block))
         assert isinstance(block, SharedRouting)
@@ -174,7 +174,7 @@ def accelerate_timm(network: nn.Module) -> nn.Module:
             layers[child] = FlatCondConv2d(child)
     if not layers:
         raise ValueError(f"{type(network).__name__} has no CondConv2d of timm's")
-    return _replace(network, layers)
+    return replace_modules(network, layers)
 
 
 class FlatCondConv2d(CondConv2d):
@@ -244,6 +244,11 @@ class SharedRouting(nn.Module):
             if not routing_weights.users:
                 graph.erase_node(routing_weights)
             self._forwards[training] = type(fx.GraphModule(self, graph)).forward
+
+    def restore_class(self) -> None:
+        """Undo the mixing in, where no layer takes a routing any more."""
+        del self.router, self._forwards
+        self.__class__ = type(self).__bases__[1]  # pyright: ignore[reportAttributeAccessIssue]
 
     # The class is made at run time and its forward is code: neither can be pickled.
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -451,7 +456,7 @@ def _padding(convolution: nn.Conv2d) -> Padding:
     return padding if isinstance(padding, str) else pair(padding)  # pyright: ignore[reportReturnType]
 
 
-def _replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+def replace_modules(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Put modules in the place of others, wherever these are; in place where that can be."""
     for parent in list(module.modules()):
         for key, child in parent._modules.items():

@@ -155,7 +155,10 @@ def condconv2d(
             x, geometry, _ = _resolve(x, weight, stride, padding, dilation, groups, strategy)
             y = F.conv2d(x, weight[0].to(x.dtype), None, *geometry)
             y = y * routing_weights.to(x.dtype)[:, :, None, None]
-        elif torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        elif torch.compiler.is_exporting():
+            x, geometry, _ = _resolve(x, weight, stride, padding, dilation, groups, strategy)
+            y = torch.ops.condconv.exported(x, weight, routing_weights, None, *geometry)
+        elif torch.compiler.is_compiling():
             same = padding == "same"
             pads = (0, 0) if same else pad_input(x, (1, 1), stride, padding, dilation)[1]
             y = _operator(
@@ -190,9 +193,7 @@ def _resolve(
 def choose_strategy(
     x: Tensor, weight: Tensor, output_size: tuple[int, int], groups: int
 ) -> Strategy:
-    """The strategy that measures fastest for the shapes, or the one that exports."""
-    if torch.compiler.is_exporting():
-        return "matmul"
+    """The strategy that measures fastest for the shapes."""
     if groups > 1 or x.shape[0] == 1:
         return "grouped"
     num_patches = output_size[0] * output_size[1]
@@ -229,8 +230,6 @@ def _keeps_kernels(x: Tensor, weight: Tensor, strategy: Strategy) -> bool:
     Where they take less than the input or the experts, which are there in any case, mixing again
     saves little memory.
     """
-    if torch.compiler.is_exporting():
-        return True
     if strategy != "grouped":
         return False
     batch, num_experts = x.shape[0], weight.shape[0]
@@ -415,16 +414,6 @@ def _gather_patches(x: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
     kernel_size = (weight.shape[3], weight.shape[4])
     if kernel_size == (1, 1) and padding == (0, 0):
         return x[:, :, :: stride[0], :: stride[1]].flatten(2)
-    if torch.compiler.is_exporting():
-        # `unfold` becomes gathers by index tables, which take longer than all the rest.
-        sizes = _output_size(x, weight, geometry)
-        rows, columns = (
-            [slice(i * gap, i * gap + (size - 1) * step + 1, step) for i in range(length)]
-            for length, size, step, gap in zip(kernel_size, sizes, stride, dilation, strict=True)
-        )
-        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-        patches = [x[:, :, row, column] for row in rows for column in columns]
-        return torch.stack(patches, dim=2).flatten(1, 2).flatten(2)
     return F.unfold(x, kernel_size, dilation, padding, stride)
 
 
@@ -478,15 +467,13 @@ def _works_in_parts(*tensors: Tensor, groups: int) -> bool:
     """Whether to mix the kernels of some examples and some output channels at a time.
 
     They stay in the cache of a CPU then. Results are written in place, which neither derivatives
-    nor transforms (`vmap`) can follow; an export gets one product: its graph neither grows nor
-    depends on the batch.
+    nor transforms (`vmap`) can follow.
     """
     return (
         groups == 1
         and tensors[0].shape[0] > 0
         and tensors[0].device.type == "cpu"
         and not _need_gradients(*tensors)
-        and not torch.compiler.is_exporting()
         and not torch._C._are_functorch_transforms_active()
     )
 
@@ -541,8 +528,6 @@ def _differentiate_matmul_in_parts(
 
 def _are_rows(patches: Tensor) -> bool:
     """Whether to hold patches (B, K, L) and outputs as rows (B, L, K): a channels_last layout."""
-    if torch.compiler.is_exporting():
-        return False
     return patches.shape[2] <= MAX_ROWS or patches.stride(1) == 1
 
 
@@ -598,6 +583,49 @@ def _output_size(x: Tensor, weight: Tensor, geometry: _Geometry) -> tuple[int, i
             f"the input {tuple(x.shape[2:])} with padding {padding}"
         )
     return height, width
+
+
+def _export(
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """What an exporter sees of `condconv2d`: one node, to be translated as suits the runtime.
+
+    Decomposed, it is matrix products that hold for every batch size.
+
+    Args:
+        bias: (O,), the same for all examples; `condconv2d` gives none.
+    """
+    geometry = _Geometry(pair(stride), pair(padding), pair(dilation), groups)
+    kernel_size = weight.shape[3:]
+    sizes = _output_size(x, weight, geometry)
+    # `unfold` becomes gathers by index tables, which take longer than all the rest.
+    rows, columns = (
+        [slice(i * gap, i * gap + (size - 1) * step + 1, step) for i in range(length)]
+        for length, size, step, gap in zip(kernel_size, sizes, stride, dilation, strict=True)
+    )
+    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    patches = [x[:, :, row, column] for row in rows for column in columns]
+    patches = torch.stack(patches, dim=2).flatten(1, 2).flatten(2)
+    kernels = _mix(weight, routing_weights, x.dtype, weight.flatten(2).shape[1:])
+    y = torch.bmm(_split_groups(kernels, groups), _split_groups(patches, groups))
+    y = _join_groups(y, groups).unflatten(2, sizes)
+    return y if bias is None else y + bias[:, None, None]
+
+
+# One that is implicitly made of others: exporters that do not know it decompose it.
+torch.library.define(
+    "condconv::exported",
+    "(Tensor x, Tensor weight, Tensor routing_weights, Tensor? bias, int[] stride, "
+    "SymInt[] padding, int[] dilation, int groups) -> Tensor",
+)
+torch.library.impl("condconv::exported", "CompositeImplicitAutograd", _export)
 
 
 @torch.library.custom_op("condconv::condconv2d", mutates_args=())

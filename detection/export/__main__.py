@@ -1,4 +1,4 @@
-"""`python -m detection.export checkpoint=FILE format=onnx|torch_export output=FILE`.
+"""`python -m detection.export checkpoint=FILE format=onnx|openvino|torch_export output=FILE`.
 
 configs/export.yaml has the keys.
 """
@@ -6,14 +6,17 @@ configs/export.yaml has the keys.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from detection.cli import plain, run_script
+from detection.cli import find_data, plain, run_script, split_data
 
 if TYPE_CHECKING:
+    import torch
     from omegaconf import DictConfig
 
-SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
+    from detection.data.coco import CocoIndex
+
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch_export": ".pt2"}
 CHOICES = {
     "format": tuple(SUFFIXES),
     "weights": ("ema", "model"),
@@ -53,25 +56,126 @@ def export(config: DictConfig) -> Path:
         raise UserError(f"output={path}: a file of format={content['format']} ends in {suffix}")
     if not path.parent.is_dir():
         raise UserError(f"output={path}: there is no folder {path.parent}")
+    if content["quantize"] and (content["format"], content["outputs"]) != ("onnx", "detections"):
+        raise UserError("quantize=true is for format=onnx outputs=detections")
+    if content["num_samples"] < 1:
+        raise UserError(f"num_samples={content['num_samples']}: give at least 1")
 
     from detection.checkpoint import load_checkpoint, load_model, read_categories
-    from detection.export.formats import ExportedDetector, describe, export_onnx, export_torch
+    from detection.export.formats import (
+        ExportedDetector,
+        describe,
+        export_onnx,
+        export_openvino,
+        export_torch,
+    )
+    from detection.export.quantization import quantize_onnx
 
     checkpoint = load_checkpoint(content["checkpoint"])
-    detector = ExportedDetector(
-        load_model(checkpoint, weights=content["weights"]),
-        images=content["images"],
-        outputs=content["outputs"],
-    )
-    metadata = describe(detector, read_categories(checkpoint), license=content["license"])
-    write = {"onnx": export_onnx, "torch_export": export_torch}[content["format"]]
-    write(detector, metadata, path)
+    categories = read_categories(checkpoint)
+    parts = load_model(checkpoint, weights=content["weights"])
+    detector = ExportedDetector(parts, images=content["images"], outputs=content["outputs"])
+    metadata = describe(detector, categories, license=content["license"])
+    measured: dict[str, float] = {}
+    data = None
+    if content["specialize"] or content["quantize"]:
+        data = _Data(find_data(content, checkpoint), parts.preprocess, content["num_samples"])
+        measured["checkpoint"] = data.measure(parts, categories)
+    if data and content["specialize"]:
+        _specialize(parts.network, parts.preprocess, data.samples)
+        measured["specialized"] = data.measure(parts, categories)
+        metadata["specialized"] = "true"
+
+    write = {"onnx": export_onnx, "openvino": export_openvino, "torch_export": export_torch}
+    write[content["format"]](detector, metadata, path)
+    if data and content["quantize"]:
+        batches = list(data.samples.split(1))
+        if content["images"] == "float32":
+            batches = [parts.preprocess(batch) for batch in batches]
+        count = quantize_onnx(path, [batch.numpy() for batch in batches], path)
+        print(f"{count} static convolutions in INT8, calibrated on {len(batches)} images")
+        measured["quantized"] = data.measure_file(path)
     side = metadata["input_size"]
     print(
         f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB, {content['images']} images "
         f"(batch, 3, {side}, {side}) to {content['outputs']}"
     )
+    for name, value in measured.items():
+        print(f"AP {name:12} {value:.4f} {value - measured['checkpoint']:+.4f}")
     return path
+
+
+def _specialize(network: Any, preprocess: Any, samples: torch.Tensor) -> None:
+    from condconv import specialize
+    from detection.errors import UserError
+
+    try:
+        summaries = specialize(network, (preprocess(part) for part in samples.split(8)))
+    except ValueError as error:
+        raise UserError(f"specialize=true: {error}") from error
+    print(f"routing over {len(samples)} images, standard deviation of the weights of the experts:")
+    for name, summary in summaries.items():
+        print(f"  {name:36} mean {_mean(summary.deviation):.3f}, most {max(summary.deviation):.3f}")
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+class _Data:
+    """The images to calibrate and to measure with."""
+
+    def __init__(self, config: dict[str, Any], preprocess: Any, num_samples: int) -> None:
+        from detection.build import build
+        from detection.data.sources import load_split
+
+        splits = build(split_data(config)[0])
+        self.val = load_split(splits.val)
+        # What is measured on is not calibrated on, where there is a choice.
+        train = self.val if splits.train is None else load_split(splits.train)
+        self.samples = _read_samples(train, preprocess, num_samples)
+
+    def measure(self, parts: Any, categories: Any) -> float:
+        """AP of a network on the validation split."""
+        from detection.detector import Detector
+        from detection.engine.evaluate import evaluate
+        from detection.engine.processes import join_processes
+        from detection.evaluation.coco import CocoEvaluator
+
+        with join_processes("cpu") as processes:
+            evaluator = CocoEvaluator(self.val.ground_truth())
+            detector = Detector(parts, categories)
+            found = evaluate(detector, self.val, evaluator, processes=processes, num_workers=0)
+        return found.metrics["AP"]
+
+    def measure_file(self, path: Path) -> float:
+        """AP of an ONNX file on the validation split."""
+        from detection.engine.evaluate import evaluate_exported
+        from detection.evaluation.coco import CocoEvaluator
+        from detection.onnx_detector import OnnxDetector
+
+        evaluator = CocoEvaluator(self.val.ground_truth())
+        found = evaluate_exported(OnnxDetector.from_file(path), self.val, evaluator)
+        return found.metrics["AP"]
+
+
+def _read_samples(index: CocoIndex, preprocess: Any, number: int) -> torch.Tensor:
+    """uint8 (N, 3, S, S), spread evenly over a split."""
+    import torch
+    from torchvision.transforms.v2 import functional as F
+
+    from detection.images import UnreadableImage, load_annotated_image
+
+    step, images = max(len(index) // number, 1), []
+    for i in range(0, len(index), step)[:number]:
+        path = index.images_dir / index.file_names[i]
+        try:
+            picture = load_annotated_image(path, index.sizes[i])
+        except UnreadableImage as error:
+            print(f"cannot read {path}, which is left out: {error}")
+            continue
+        images.append(preprocess.resize_image(F.pil_to_tensor(picture)))
+    return torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)
 
 
 if __name__ == "__main__":

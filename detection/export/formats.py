@@ -1,4 +1,4 @@
-"""One file from a checkpoint: ONNX, or a program of `torch.export`.
+"""One file from a checkpoint: ONNX, OpenVINO, or a program of `torch.export`.
 
 Shapes: B images (open in the file), S input size, A anchors, K classes, D detections (padded).
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 from detection.boxes import decode_boxes
 from detection.build import ModelParts
 from detection.errors import UserError
+from detection.export.files import written_whole
+from detection.export.operators import fold_norms, translate_condconv2d, translate_suppress
 from detection.preprocess import Letterbox, Preprocess
 from detection.structures import Category, Detections
 
@@ -81,21 +85,24 @@ def export_onnx(detector: ExportedDetector, metadata: dict[str, str], path: str 
         raise UserError(
             f"format=onnx needs {' and '.join(missing)}: pip install 'condconv-detection[export]'"
         )
-    program = torch.onnx.export(
-        export_program(detector),
+    program = export_program(detector)
+    fold_norms(program)
+    exported = torch.onnx.export(
+        program,
         dynamo=True,
         verbose=False,
         input_names=["images"],
         output_names=OUTPUT_NAMES[detector.outputs],
         dynamic_shapes=({0: "batch"},),
-        custom_translation_table={torch.ops.detection.suppress.default: _translate_suppress},
+        custom_translation_table={
+            torch.ops.condconv.exported.default: translate_condconv2d,
+            torch.ops.detection.suppress.default: translate_suppress,
+        },
     )
-    assert program is not None
-    program.model.metadata_props.update(metadata)
-    try:
-        program.save(path, external_data=False)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    assert exported is not None
+    exported.model.metadata_props.update(metadata)
+    with written_whole(path) as partial:
+        exported.save(partial, external_data=False)
 
 
 def export_torch(detector: ExportedDetector, metadata: dict[str, str], path: str | Path) -> None:
@@ -106,12 +113,34 @@ def export_torch(detector: ExportedDetector, metadata: dict[str, str], path: str
     Raises:
         UserError: where the file cannot be written.
     """
+    program = export_program(detector).run_decompositions()
+    with written_whole(path) as partial:
+        torch.export.save(program, partial, extra_files={"metadata.json": json.dumps(metadata)})
+
+
+def export_openvino(detector: ExportedDetector, metadata: dict[str, str], path: str | Path) -> None:
+    """Write OpenVINO's two files, .xml and .bin, by way of ONNX; `metadata` as its `rt_info`.
+
+    Raises:
+        UserError: where openvino is not installed, or a file cannot be written.
+    """
     try:
-        torch.export.save(
-            export_program(detector), path, extra_files={"metadata.json": json.dumps(metadata)}
-        )
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {path}: {error}") from error
+        import openvino
+    except ImportError as error:
+        raise UserError(
+            "format=openvino needs openvino: pip install 'condconv-detection[openvino]'"
+        ) from error
+    path = Path(path)
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(detector, metadata, Path(folder) / "model.onnx")
+        model = openvino.convert_model(Path(folder) / "model.onnx")
+        for key, value in metadata.items():
+            model.set_rt_info(value, ["detector", key])
+        # Weights stay in float32, which save_model would halve.
+        openvino.save_model(model, Path(folder) / "model.xml", compress_to_fp16=False)
+        for suffix in (".bin", ".xml"):  # the one that names the other comes last
+            with written_whole(path.with_suffix(suffix)) as partial:
+                shutil.copy((Path(folder) / "model").with_suffix(suffix), partial)
 
 
 def describe(
@@ -141,32 +170,3 @@ def _resize_method(preprocess: Preprocess) -> str:
     if not isinstance(preprocess, Letterbox):
         return "stretch"
     return "letterbox-centered" if preprocess.centered else "letterbox"
-
-
-def _translate_suppress(
-    boxes: Any,
-    scores: Any,
-    labels: Any,
-    visible: Any,
-    num_classes: int,
-    score_threshold: float,
-    iou_threshold: float,
-    num_needed: int,
-) -> Any:
-    """`detection::suppress` in ONNX's operators."""
-    from onnxscript import opset18
-
-    op: Any = opset18  # whose types know nothing of Python's lists
-    # A box has a score in its own class, and 0, which takes no part, in the others.
-    own_class = op.OneHot(labels, [num_classes], [0.0, 1.0], axis=1)
-    chosen = op.NonMaxSuppression(
-        boxes,
-        op.Mul(own_class, op.Unsqueeze(scores, [1])),
-        [torch.iinfo(torch.int32).max],
-        [iou_threshold],
-        [max(score_threshold, 0.0)],
-    )
-    places = op.Gather(chosen, [0, 2], axis=1)  # of (image, class, box)
-    nothing = op.ConstantOfShape(op.Shape(scores))
-    survivors = op.ScatterND(nothing, places, op.GatherND(scores, places))
-    return op.Greater(survivors, 0.0)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from detection.build import ModelParts
 from detection.checkpoint import load_checkpoint, load_model
 from detection.errors import UserError
-from detection.export.formats import ExportedDetector, export_onnx, export_torch
+from detection.export.formats import ExportedDetector, export_onnx, export_openvino, export_torch
 from detection.postprocess import Postprocess
 from detection.preprocess import Preprocess
 from detection.structures import Detections, RawPredictions
@@ -169,6 +169,24 @@ def test_a_program_of_torch_export(export_model: Export, real_data: Path, tmp_pa
         with torch.no_grad():
             expected = Detections(*detector(images))
             assert_same_detections(Detections(*program(images)), expected)
+
+
+def test_openvino_computes_the_same(export_model: Export, real_data: Path, tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
+    detector = load(export_model("ssd"), "uint8", "raw")
+    export_openvino(detector, {"input_size": "64"}, tmp_path / "ssd.xml")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["ssd.bin", "ssd.xml"]
+    core = openvino.Core()
+    model = core.read_model(tmp_path / "ssd.xml")
+    assert model.get_rt_info(["detector", "input_size"]).astype(str) == "64"
+    run = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for batch in (1, 3, 8):
+        images = photographs(real_data, batch)
+        with torch.no_grad():
+            boxes, scores = detector(images)
+        found = run([images.numpy()])
+        torch.testing.assert_close(torch.from_numpy(found["boxes"]), boxes, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(torch.from_numpy(found["scores"]), scores, rtol=0, atol=1e-4)
 
 
 def test_without_onnx(

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import importlib.util
+import io
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detection.onnx_detector import ArrayDetections
+
+uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+testclient = pytest.importorskip("fastapi.testclient", reason="the extra `serve` is not installed")
+
+FILE = Path(__file__).parents[2] / "examples" / "serve" / "app.py"
+
+
+@pytest.fixture(scope="module")
+def serve() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("serve_app", FILE)
+    assert spec and spec.loader
+    module = sys.modules["serve_app"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Finder:
+    """Stands for the detector: finds the whole image, and says how red it is."""
+
+    names = ("cat", "dog")
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.fails = False
+
+    def predict(self, images: list[Image.Image]) -> list[ArrayDetections]:
+        self.batches.append(len(images))
+        time.sleep(0.2)
+        if self.fails:
+            raise RuntimeError("broken")
+        return [
+            ArrayDetections(
+                np.float32([[0, 0, *image.size], [1, 1, 5, 5]]),
+                np.float32([np.asarray(image)[0, 0, 0] / 255, 0.1]),
+                np.array([1, 0]),
+            )
+            for image in images
+        ]
+
+
+@pytest.fixture
+def finder() -> Finder:
+    return Finder()
+
+
+@pytest.fixture
+def client(serve: ModuleType, finder: Finder) -> Iterator[Any]:
+    with testclient.TestClient(serve.make_app(finder), raise_server_exceptions=False) as client:
+        yield client
+
+
+def encode(red: int = 204, size: tuple[int, int] = (40, 30), format: str = "PNG", **options: Any):
+    file = io.BytesIO()
+    Image.new("RGB", size, (red, 0, 0)).save(file, format, **options)
+    return file.getvalue()
+
+
+def test_it_answers_with_boxes(client: Any) -> None:
+    answer = client.post("/detect", files={"image": encode()}, params={"score_threshold": 0.5})
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "width": 40, "height": 30,
+        "detections": [{"box": [0, 0, 40, 30], "score": pytest.approx(0.8), "name": "dog"}],
+    }  # fmt: skip
+    everything = client.post("/detect", files={"image": encode()}).json()
+    assert [found["name"] for found in everything["detections"]] == ["dog", "cat"]
+
+
+def test_a_photograph_stands_upright(client: Any) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    content = encode(format="JPEG", exif=exif)
+    answer = client.post("/detect", files={"image": content}).json()
+    assert (answer["width"], answer["height"]) == (30, 40)
+
+
+def test_requests_at_the_same_time_share_batches(client: Any, finder: Finder) -> None:
+    def ask(red: int) -> float:
+        found = client.post("/detect", files={"image": encode(red)}).json()["detections"]
+        return found[0]["score"]
+
+    reds = list(range(60, 255, 15))
+    with ThreadPoolExecutor(len(reds)) as threads:
+        scores = list(threads.map(ask, reds))
+    assert scores == pytest.approx([red / 255 for red in reds])  # each got its own
+    assert sum(finder.batches) == len(reds)
+    assert len(finder.batches) < len(reds) and max(finder.batches) <= 8
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "answer"),
+    [
+        (b"", 415, "not an image"),
+        (b"hello", 415, "not an image"),
+        (encode(size=(400, 300), format="JPEG")[:-700], 422, "damaged"),
+        (bytes(20 * 2**20 + 1), 413, "larger than 20 MB"),
+        (encode(size=(10000, 5001)), 413, "million pixels"),
+    ],
+)
+def test_bad_uploads(client: Any, content: bytes, status: int, answer: str) -> None:
+    response = client.post("/detect", files={"image": ("a.png", content)})
+    assert response.status_code == status
+    assert answer in response.json()["detail"]
+
+
+def test_requests_that_are_none(client: Any) -> None:
+    assert client.post("/detect").status_code == 422
+    bad = client.post("/detect", files={"image": encode()}, params={"score_threshold": 2})
+    assert bad.status_code == 422
+
+
+def test_it_goes_on_after_a_failure(client: Any, finder: Finder) -> None:
+    finder.fails = True
+    assert client.post("/detect", files={"image": encode()}).status_code == 500
+    finder.fails = False
+    assert client.post("/detect", files={"image": encode()}).status_code == 200
+
+
+@pytest.fixture
+def address(serve: ModuleType, finder: Finder) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = uvicorn.Config(serve.make_app(finder), port=port, log_level="error")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(address: str, tmp_path: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    browser_file = shutil.which("chromium")
+    if browser_file is None:
+        pytest.skip("chromium is not installed")
+    (tmp_path / "red.png").write_bytes(encode())
+    (tmp_path / "text.png").write_text("hello")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=browser_file, args=["--no-sandbox"])
+        page = browser.new_page()
+        faults: list[str] = []
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(address)
+        status = page.locator("#status")
+        page.set_input_files("#file", tmp_path / "red.png")
+        playwright.expect(status).to_have_text("1 of 2 detections shown")
+        edge = (
+            "[...document.querySelector('canvas').getContext('2d').getImageData(20, 29, 1, 1).data]"
+        )
+        assert page.evaluate("document.querySelector('canvas').width") == 40
+        assert page.evaluate(edge) != [204, 0, 0, 255]  # the box is drawn over the image
+        for threshold, text in ((0.9, "0 of 2"), (0.05, "2 of 2")):
+            page.locator("#threshold").fill(str(threshold))
+            playwright.expect(status).to_have_text(f"{text} detections shown")
+        page.set_input_files("#file", tmp_path / "text.png")
+        playwright.expect(status).to_have_text("the file is not an image that Pillow reads")
+        # Dropped instead of chosen.
+        page.evaluate(
+            """async bytes => {
+                const transfer = new DataTransfer();
+                transfer.items.add(new File([new Uint8Array(bytes)], "a.png", {type: "image/png"}));
+                document.dispatchEvent(new DragEvent("drop", {dataTransfer: transfer}));
+            }""",
+            list(encode(255)),
+        )
+        playwright.expect(status).to_have_text("2 of 2 detections shown")
+        browser.close()
+    assert not faults
