@@ -1,10 +1,12 @@
 """Evaluate a checkpoint: `python eval_det.py checkpoint=FILE [data=...]`; see configs/eval.yaml.
 
-A file of `python -m detection.export` is evaluated in the same way.
+A file of `python -m detection.export` is evaluated in the same way. `compare=FILE` evaluates a
+second one, and `report=true` writes a page about it all.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,13 @@ from detection.cli import find_data, plain, run_script, split_data
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+    from rich.console import Console
+
+    from detection.data.coco import CocoIndex
+    from detection.engine.evaluate import Evaluation
+    from detection.evaluation.coco import CocoEvaluator
+    from detection.onnx_detector import OnnxDetector
+    from detection.report import Section
 
 
 def main() -> None:
@@ -29,7 +38,7 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
         The metrics, as written to metrics.json.
 
     Raises:
-        UserError: where the config, the checkpoint or the data is wrong.
+        UserError: where the config, a checkpoint or the data is wrong.
     """
     from rich.console import Console
 
@@ -54,48 +63,138 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
     console = Console()
     if content["checkpoint"] is None:
         raise UserError("checkpoint is not set: give checkpoint=FILE, as train_det.py writes it")
-    path = Path(content["checkpoint"])
-    exported = OnnxDetector.from_file(path) if path.suffix == ".onnx" else None
-    checkpoint = {"config": {}} if exported else load_checkpoint(path)
-    source, _ = split_data(find_data(content, checkpoint))
+
+    def load(path: Path) -> OnnxDetector | dict[str, Any]:
+        return OnnxDetector.from_file(path) if path.suffix == ".onnx" else load_checkpoint(path)
+
+    # All are read before anything is measured.
+    paths = [Path(content[key]) for key in ("checkpoint", "compare") if content[key]]
+    loaded = [load(path) for path in paths]
+    first = {"config": {}} if isinstance(loaded[0], OnnxDetector) else loaded[0]
+    source, _ = split_data(find_data(content, first))
 
     with join_processes(content["device"]) as processes:
         index = load_split(find_split(build(source), content["split"]))
-        name = path.name if exported else path.stem
-        output = Path(content["output"] or path.with_name(f"{name}-{content['split']}"))
+        name = paths[0].name if paths[0].suffix == ".onnx" else paths[0].stem
+        output = Path(content["output"] or paths[0].with_name(f"{name}-{content['split']}"))
         start_logging(console, None, is_main=processes.is_main)
         for line in [f"{len(index)} images of {index.annotations_file}", *index.describe()]:
             LOGGER.info(line)
+        settings = content["evaluation"]
+        evaluator = CocoEvaluator(index.ground_truth(), backend=settings["backend"])
 
-        evaluator = CocoEvaluator(index.ground_truth())
-        batch_size = content["evaluation"]["batch_size"]
-        if exported:
-            found = evaluate_exported(exported, index, evaluator, batch_size=batch_size)
-        else:
-            parts = load_model(checkpoint, weights=content["weights"])
+        def measure(file: OnnxDetector | dict[str, Any]) -> Evaluation:
+            batch_size = settings["batch_size"]
+            if isinstance(file, OnnxDetector):
+                return evaluate_exported(file, index, evaluator, batch_size=batch_size)
+            parts = load_model(file, weights=content["weights"])
             found = evaluate(
-                Detector(parts, read_categories(checkpoint), processes.device),
+                Detector(parts, read_categories(file), processes.device),
                 index,
                 evaluator,
                 processes=processes,
                 criterion=parts.criterion,
                 batch_size=batch_size,
-                num_workers=content["evaluation"]["num_workers"],
+                num_workers=settings["num_workers"],
             )
             assert found is not None  # nothing told it to stop
+            return found
+
+        found = [measure(file) for file in loaded]
         if processes.is_main:
-            write_metrics(found.metrics, output / "metrics.json")
-            write_results(found.results, output / "detections.json")
+            write_metrics(found[0].metrics, output / "metrics.json")
+            write_results(found[0].results, output / "detections.json")
             draw_results(
                 index,
-                found.results,
+                found[0].results,
                 output / "visualizations",
-                num_pictures=content["evaluation"]["num_pictures"],
-                score_threshold=content["evaluation"]["picture_score_threshold"],
+                num_pictures=settings["num_pictures"],
+                score_threshold=settings["picture_score_threshold"],
             )
-            console.print(metrics_table(found.metrics))
+            console.print(metrics_table(found[0].metrics))
             LOGGER.info("metrics, detections and pictures: %s", output)
-    return found.metrics
+            if content["report"] or content["compare"]:
+                _report(content, loaded[0], index, evaluator, paths, found, output, console)
+    return found[0].metrics
+
+
+def _report(
+    content: dict[str, Any],
+    file: OnnxDetector | dict[str, Any],
+    index: CocoIndex,
+    evaluator: CocoEvaluator,
+    paths: list[Path],
+    found: list[Evaluation],
+    output: Path,
+    console: Console,
+) -> None:
+    """Print the comparison of two checkpoints, and write the page, as the config asks."""
+    from detection.engine.run_folder import LOGGER, RunFolder
+    from detection.evaluation.analysis import analyze
+    from detection.evaluation.comparison import compare, comparison_table, write_comparison
+    from detection.report import Run, write_report
+
+    names = name_apart(paths)
+    runs = [
+        Run(name, own.metrics, analyze(evaluator, own.results))
+        for name, own in zip(names, found, strict=True)
+    ]
+    if len(runs) == 2:
+        comparison = compare(runs[0].analysis, runs[1].analysis)
+        console.print(f"{names[1]} less {names[0]}:", comparison_table(comparison), markup=False)
+        write_comparison(comparison, output / "comparison.json")
+        LOGGER.info("differences by class and image: %s", output / "comparison.json")
+    if content["report"]:
+        page = write_report(
+            output / "report" / "index.html",
+            title=names[0],
+            facts={
+                "checkpoint": str(paths[0]),
+                "annotations": str(index.annotations_file),
+                "images": str(len(index)),
+            },
+            index=index,
+            run=runs[0],
+            other=runs[1] if len(runs) == 2 else None,
+            history=RunFolder(paths[0].parent.parent).read_metrics(),
+            num_images=content["report_images"],
+            sections=_show_routing(file, index, content),
+        )
+        LOGGER.info("report: %s", page)
+
+
+def _show_routing(
+    file: OnnxDetector | dict[str, Any], index: CocoIndex, content: dict[str, Any]
+) -> list[Section]:
+    """Sections on the routing over as many images as the page shows; none for static networks."""
+    from detection.checkpoint import load_model, read_categories
+    from detection.detector import Detector
+    from detection.engine.processes import choose_device
+    from detection.errors import UserError
+    from detection.report import routing_sections
+    from detection.visualization.results import spread
+    from detection.visualization.routing import collect_routing, load_batches
+
+    if not isinstance(file, dict):
+        return []
+    parts = load_model(file, weights=content["weights"])
+    detector = Detector(parts, read_categories(file), choose_device(content["device"]))
+    batches = load_batches(detector, index, spread(len(index), content["report_images"]))
+    try:
+        routing = collect_routing(detector, batches, [own.name for own in index.categories])
+    except UserError:
+        return []
+    return routing_sections(routing)
+
+
+def name_apart(paths: list[Path]) -> list[str]:
+    """Short names for files: one by its run folder, two by the parts in which they differ."""
+    if len(set(paths)) == 1:
+        folder = paths[0].resolve().parent
+        run = folder.parent.name if folder.name == "checkpoints" else folder.name
+        return [f"{run}/{path.name}" for path in paths]
+    common = os.path.commonpath([path.resolve().parent for path in paths])
+    return [str(path.resolve().relative_to(common)) for path in paths]
 
 
 if __name__ == "__main__":

@@ -70,7 +70,12 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
     from detection.engine.settings import TrainerSettings
     from detection.engine.state import TrainState
     from detection.engine.train import prepare_network, run_training
-    from detection.evaluation.coco import CocoEvaluator, metrics_table
+    from detection.evaluation.coco import (
+        CocoEvaluator,
+        fastest_backend,
+        metrics_table,
+        write_metrics,
+    )
     from detection.importers.detector import start_detector
     from detection.visualization.gallery import contact_sheet
     from detection.visualization.results import draw_pairs, draw_results
@@ -143,7 +148,11 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
         )
         for line in [*started, *train_index.describe(), *val_index.describe()]:
             LOGGER.info(line)
-        evaluator = CocoEvaluator(val_index.ground_truth())
+        ground_truth = val_index.ground_truth()
+        evaluator = CocoEvaluator(ground_truth, backend=fastest_backend())
+        # A run of before this key was there can be resumed.
+        backend = content["evaluation"].get("backend", "pycocotools")
+        final_evaluator = CocoEvaluator(ground_truth, backend=backend)
         pictures = {
             "num_pictures": content["evaluation"]["num_pictures"],
             "score_threshold": content["evaluation"]["picture_score_threshold"],
@@ -198,10 +207,13 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
                 folder.path,
             )
         elif processes.is_main:
-            console.print(metrics_table(read_json(folder.metrics)))
+            results = read_json(folder.detections)
+            metrics = {**read_json(folder.metrics), **final_evaluator.evaluate(results)}
+            write_metrics(metrics, folder.metrics)
+            console.print(metrics_table(metrics))
             draw_results(
                 val_index,
-                read_json(folder.detections),
+                results,
                 folder.visualizations,
                 **pictures,
             )

@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from detection.checkpoint import load_checkpoint, read_categories, save_checkpoint
 from detection.errors import UserError
 from detection.evaluation.coco import METRIC_NAMES
-from eval_det import evaluate_checkpoint
+from eval_det import evaluate_checkpoint, name_apart
 
 
 @pytest.fixture
@@ -231,3 +231,49 @@ def test_a_checkpoint_cannot_name_other_code(
     save_with(trained, tmp_path / "evil.pt", "model._target_", "os.system")
     with pytest.raises(UserError, match=r"names 'os\.system'"):
         evaluate(f"checkpoint={tmp_path / 'evil.pt'}")
+
+
+def test_a_report_and_a_comparison(
+    trained: Path,
+    evaluate: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    best = f"checkpoint={trained / 'checkpoints' / 'best.pt'}"
+    last = f"compare={trained / 'checkpoints' / 'last.pt'}"
+    metrics = evaluate(best, last, "report=true", "weights=model")
+    printed = capsys.readouterr().out
+    assert "last.pt less best.pt:" in printed and "report:" in printed
+    comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert list(comparison["per_class"]) == list(metrics["per_class"])
+    assert len(comparison["images"]) == 5
+    page = (tmp_path / "out" / "report" / "index.html").read_text()
+    data = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
+    assert data["run"]["metrics"]["AP"] == pytest.approx(metrics["AP"], abs=1e-6)
+    assert [run["name"] for run in (data["run"], data["comparison"]["other"])] == [
+        "best.pt",
+        "last.pt",
+    ]
+    assert data["training"] and all(image["source"] for image in data["images"])
+
+
+def test_what_is_compared_is_read_before_anything_is_measured(
+    trained: Path, evaluate: Callable[..., dict[str, Any]], tmp_path: Path
+):
+    with pytest.raises(UserError, match="no such checkpoint file"):
+        evaluate(f"checkpoint={trained / 'checkpoints' / 'best.pt'}", "compare=none.pt")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["runs/a/checkpoints/best.pt"], ["a/best.pt"]),
+        (["runs/a/model.onnx"], ["a/model.onnx"]),
+        (["r/a/best.pt", "r/b/best.pt"], ["a/best.pt", "b/best.pt"]),
+        (["r/a/best.pt", "r/a/last.pt"], ["best.pt", "last.pt"]),
+        (["r/a/best.pt", "r/a/best.pt"], ["a/best.pt", "a/best.pt"]),
+    ],
+)
+def test_names_tell_files_apart(paths: list[str], names: list[str], tmp_path: Path):
+    assert name_apart([tmp_path / path for path in paths]) == names

@@ -154,17 +154,21 @@ class RunFolder:
         """Forget the lines after a step: a resumed run writes them again."""
         if not self.metrics_lines.exists():
             return
-        kept = []
-        for line in self.metrics_lines.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:  # the line that a kill cut short
-                break
-            if record["step"] <= step:
-                kept.append(line + "\n")
+        kept = [record for record in self.read_metrics() if record["step"] <= step]
         partial = self.metrics_lines.with_suffix(".tmp")
-        partial.write_text("".join(kept))
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         partial.replace(self.metrics_lines)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; empty where there is none."""
+        records = []
+        if self.metrics_lines.exists():
+            for line in self.metrics_lines.read_text().splitlines():
+                try:
+                    records.append(json.loads(line))
+                except json.JSONDecodeError:  # the line that a kill cut short
+                    break
+        return records
 
 
 def read_json(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""The official COCO metric, as pycocotools computes it.
+"""The official COCO metric, as pycocotools computes it, or hotcoco in a fraction of the time.
 
 Shapes: N detections of an image. In pycocotools' arrays, (T, R, K, A, M) and (T, K, A, M):
 T IoU thresholds (0.50 to 0.95), R recall points, K categories, A area ranges (the first is all),
@@ -12,9 +12,10 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -35,6 +36,13 @@ METRIC_NAMES = (
 )  # in the order of COCOeval.stats
 
 ROWS_PER_BLOCK = 20
+
+Backend = Literal["pycocotools", "hotcoco"]
+
+
+def fastest_backend() -> Backend:
+    """hotcoco where it is installed, else pycocotools."""
+    return "hotcoco" if find_spec("hotcoco") else "pycocotools"
 
 
 def coco_results(
@@ -81,10 +89,33 @@ class CocoEvaluator:
         ground_truth: a COCO dict (images, annotations, categories). Exactly its images are
             evaluated. Every annotation needs `area`, `iscrowd` and an id that is not 0, which
             pycocotools reads as "no match". The dict is not changed.
+        backend: hotcoco gives the same numbers, many times faster.
+
+    Raises:
+        UserError: there is no such backend, or it is not installed.
     """
 
-    def __init__(self, ground_truth: dict[str, Any]) -> None:
-        self.ground_truth = _index(ground_truth, ground_truth["annotations"])
+    def __init__(self, ground_truth: dict[str, Any], *, backend: str = "pycocotools") -> None:
+        if backend not in get_args(Backend):
+            raise UserError(f"evaluation.backend={backend}: give {' or '.join(get_args(Backend))}")
+        if not find_spec(backend):
+            raise UserError(f"evaluation.backend={backend}: install it (pip install {backend})")
+        self.backend = backend
+        self.ground_truth = ground_truth
+        self.categories = sorted(ground_truth["categories"], key=lambda c: c["id"])
+        self.image_ids = sorted(image["id"] for image in ground_truth["images"])
+        self._index = {"pycocotools": _PycocotoolsIndex, "hotcoco": _HotcocoIndex}[backend](
+            ground_truth, self.image_ids, [category["id"] for category in self.categories]
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """The category names, by id; names that several categories bear are told apart by id."""
+        num_bearers = Counter(category["name"] for category in self.categories)
+        return [
+            c["name"] if num_bearers[c["name"]] == 1 else f"{c['name']} ({c['id']})"
+            for c in self.categories
+        ]
 
     def evaluate(self, results: list[dict[str, Any]]) -> dict[str, Any]:
         """The COCO metrics of `results`, in plain floats; -1 where no ground truth defines them.
@@ -100,61 +131,58 @@ class CocoEvaluator:
             UserError: a result names an unknown image or category, or holds a number that is not
                 finite.
         """
-        self._check(results)
-        annotations = [
-            {**result, "id": i, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
-            for i, result in enumerate(results, start=1)
-        ]
-        # loadRes would do the same, but refuses an empty list and writes into the results.
-        detections = _index(self.ground_truth.dataset, annotations)
-        evaluation = COCOeval(self.ground_truth, detections, iouType="bbox")
+        evaluation = self.accumulate(results)
         with redirect_stdout(StringIO()):
-            evaluation.evaluate()
-            evaluation.accumulate()
             evaluation.summarize()
         metrics: dict[str, Any] = dict(zip(METRIC_NAMES, map(float, evaluation.stats), strict=True))
         return {**metrics, "per_class": self._per_class(evaluation)}
 
-    def _per_class(self, evaluation: COCOeval) -> dict[str, dict[str, float]]:
+    def accumulate(self, results: list[dict[str, Any]]) -> Any:
+        """The COCOeval of `results`, evaluated and accumulated, as `evaluate` reads it.
+
+        Its `eval` and `evalImgs` are the same of either backend; in these, detections are numbered
+        from 1 in the order of `results`.
+
+        Raises:
+            UserError: as `evaluate`.
+        """
+        self._check(results)
+        with redirect_stdout(StringIO()):
+            evaluation = self._index.compare(results)
+            evaluation.evaluate()
+            evaluation.accumulate()
+        return evaluation
+
+    def _per_class(self, evaluation: Any) -> dict[str, dict[str, float]]:
         num_boxes = Counter(
             annotation["category_id"]
-            for annotation in self.ground_truth.dataset["annotations"]
+            for annotation in self.ground_truth["annotations"]
             if not annotation["iscrowd"]
         )
         precision_trk = evaluation.eval["precision"][:, :, :, 0, -1]
         recall_tk = evaluation.eval["recall"][:, :, 0, -1]
         return {
             name: {
-                "AP": _mean_defined(precision_trk[:, :, k]),
-                "AP50": _mean_defined(precision_trk[0, :, k]),
-                "AP75": _mean_defined(precision_trk[5, :, k]),
-                "AR100": _mean_defined(recall_tk[:, k]),
-                "num_boxes": num_boxes[category_id],
+                "AP": mean_defined(precision_trk[:, :, k]),
+                "AP50": mean_defined(precision_trk[0, :, k]),
+                "AP75": mean_defined(precision_trk[5, :, k]),
+                "AR100": mean_defined(recall_tk[:, k]),
+                "num_boxes": num_boxes[self.categories[k]["id"]],
             }
-            for k, (category_id, name) in enumerate(self._names().items())
-        }
-
-    def _names(self) -> dict[int, str]:
-        """Category id to name, by id; names that several categories bear are told apart by id."""
-        categories = sorted(self.ground_truth.dataset["categories"], key=lambda c: c["id"])
-        num_bearers = Counter(category["name"] for category in categories)
-        return {
-            c["id"]: c["name"] if num_bearers[c["name"]] == 1 else f"{c['name']} ({c['id']})"
-            for c in categories
+            for k, name in enumerate(self.names)
         }
 
     def _check(self, results: list[dict[str, Any]]) -> None:
         for key, known in (
-            ("image_id", self.ground_truth.imgs),
-            ("category_id", self.ground_truth.cats),
+            ("image_id", set(self.image_ids)),
+            ("category_id", {category["id"] for category in self.categories}),
         ):
-            if unknown := sorted({result[key] for result in results} - known.keys()):
+            if unknown := sorted({result[key] for result in results} - known):
                 raise UserError(
                     f"results name {len(unknown)} {key}s that the annotations do not hold"
                     f" (first: {unknown[0]}): evaluate on the data set they were made for"
                 )
-        numbers = np.array([[*result["bbox"], result["score"]] for result in results])
-        if len(broken := np.flatnonzero(~np.isfinite(numbers.reshape(-1, 5)).all(1))):
+        if len(broken := np.flatnonzero(~np.isfinite(_numbers(results)).all(1))):
             raise UserError(
                 f"{len(broken)} results hold numbers that are not finite (first: image_id"
                 f" {results[broken[0]]['image_id']}): the weights that made them are broken"
@@ -211,22 +239,73 @@ def _format(value: float) -> str:
     return "–" if value < 0 else f"{value:.3f}"
 
 
-def _mean_defined(values: np.ndarray) -> float:
+def mean_defined(values: np.ndarray) -> float:
+    """The mean of what is not -1; -1 where nothing is."""
     defined = values[values > -1]
     return float(defined.mean()) if len(defined) else -1.0
 
 
-def _index(dataset: Any, annotations: list[dict[str, Any]]) -> COCO:
-    coco: Any = COCO()
-    # pycocotools writes flags into the annotations: it gets its own.
-    coco.dataset = {
-        "images": dataset["images"],
-        "categories": dataset["categories"],
-        "annotations": [dict(annotation) for annotation in annotations],
-    }
-    with redirect_stdout(StringIO()):
-        coco.createIndex()
-    return coco
+class _PycocotoolsIndex:
+    def __init__(self, dataset: dict[str, Any], *_: Any) -> None:
+        self.dataset = dataset
+        self.truth = self._index(dataset["annotations"])
+
+    def compare(self, results: list[dict[str, Any]]) -> COCOeval:
+        annotations = [
+            {**result, "id": i, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
+            for i, result in enumerate(results, start=1)
+        ]
+        # loadRes would do the same, but refuses an empty list and writes into the results.
+        return COCOeval(self.truth, self._index(annotations), iouType="bbox")
+
+    def _index(self, annotations: list[dict[str, Any]]) -> COCO:
+        coco: Any = COCO()
+        # pycocotools writes flags into the annotations: it gets its own.
+        coco.dataset = {**self.dataset, "annotations": [dict(a) for a in annotations]}
+        with redirect_stdout(StringIO()):
+            coco.createIndex()
+        return coco
+
+
+class _HotcocoIndex:
+    """Ids go through floats: hotcoco gets their places, which have the same order."""
+
+    def __init__(
+        self, dataset: dict[str, Any], image_ids: list[int], category_ids: list[int]
+    ) -> None:
+        import hotcoco
+
+        self.evaluation: Any = hotcoco.COCOeval
+        self.image_places = {own: place for place, own in enumerate(image_ids, start=1)}
+        self.category_places = {own: place for place, own in enumerate(category_ids, start=1)}
+        self.truth = hotcoco.COCO(
+            {
+                "images": [
+                    {**image, "id": self.image_places[image["id"]]} for image in dataset["images"]
+                ],
+                "categories": [{"id": p, "name": str(p)} for p in self.category_places.values()],
+                "annotations": [
+                    {
+                        **{key: a[key] for key in ("id", "bbox", "area", "iscrowd")},
+                        "image_id": self.image_places[a["image_id"]],
+                        "category_id": self.category_places[a["category_id"]],
+                    }
+                    for a in dataset["annotations"]
+                ],
+            }
+        )
+
+    def compare(self, results: list[dict[str, Any]]) -> Any:
+        images = [self.image_places[result["image_id"]] for result in results]
+        categories = [self.category_places[result["category_id"]] for result in results]
+        columns = np.column_stack([images, _numbers(results), categories])
+        return self.evaluation(self.truth, self.truth.load_res(columns), "bbox")
+
+
+def _numbers(results: list[dict[str, Any]]) -> np.ndarray:
+    """(N, 5) box (xywh) and score."""
+    rows = [(*result["bbox"], result["score"]) for result in results]
+    return np.array(rows, np.float64).reshape(-1, 5)
 
 
 def _write_json(value: Any, path: Path, indent: int | None) -> None:

@@ -198,14 +198,12 @@ def draw_routing(routing: Routing) -> list[Section]:
         )
         for name, s in summaries.items()
     )
-    warnings = find_collapse(routing)
     sections = [
         Section(
             "Experts by layer",
             f"Routing weights of {num_images} images. Experts in use is the exponential of the"
             " entropy of the weights of an image: all of them where all weigh the same, 1 where one"
-            " has all. Saturated weights are within 0.01 of 0 or 1, where routers stop to learn."
-            + "".join(f"\nWarning: {line}." for line in warnings),
+            " has all. Saturated weights are within 0.01 of 0 or 1, where routers stop to learn.",
             {"experts": _plot_experts(routing), "distribution": _plot_distribution(routing)},
             ("layer", "experts", "mean", "deviation", "experts in use", "saturated", "never used"),
             rows,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.console import Console
@@ -21,12 +25,14 @@ from detection.evaluation.coco import (
     CocoEvaluator,
     coco_results,
     evaluate_coco,
+    fastest_backend,
     metrics_table,
     write_metrics,
     write_results,
 )
 from detection.structures import Category
 
+MakeSet = Callable[[int], tuple[dict[str, Any], list[dict[str, Any]]]]
 CATEGORIES = (Category(2, "cat"), Category(7, "dog"), Category(40, "never seen"))
 COCO128 = Path(__file__).parents[4] / "shared/data/coco128/annotations/instances_val.json"
 
@@ -276,3 +282,45 @@ def test_table_shows_every_number(width: int) -> None:
     assert len(places) == 80
     assert "-1.000" not in text
     assert "–" in text
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_the_fast_backend_gives_the_numbers_of_the_reference(
+    make_hard_set: MakeSet, seed: int
+) -> None:
+    pytest.importorskip("hotcoco", reason="hotcoco is not installed")
+    ground_truth, results = make_hard_set(seed)
+    expected = CocoEvaluator(ground_truth).evaluate(results)
+    found = CocoEvaluator(ground_truth, backend="hotcoco").evaluate(results)
+    for name in METRIC_NAMES:
+        assert found[name] == pytest.approx(expected[name], abs=1e-9, rel=0), name
+    assert list(found["per_class"]) == list(expected["per_class"])
+    for name, numbers in expected["per_class"].items():
+        assert found["per_class"][name] == pytest.approx(numbers, abs=1e-9, rel=0), name
+
+
+def test_hard_sets_hold_what_they_promise(make_hard_set: MakeSet) -> None:
+    sets = [make_hard_set(seed) for seed in range(12)]
+    annotations = [a for ground_truth, _ in sets for a in ground_truth["annotations"]]
+    assert {0, 1} == {a["iscrowd"] for a in annotations}
+    assert {1024.0, 9216.0} <= {a["area"] for a in annotations}
+    assert any(
+        {i["id"] for i in ground_truth["images"]}
+        - {a["image_id"] for a in ground_truth["annotations"]}
+        for ground_truth, _ in sets
+    )
+    counts = Counter(
+        (n, r["image_id"], r["category_id"]) for n, (_, rs) in enumerate(sets) for r in rs
+    )
+    assert max(counts.values()) > 100
+    assert 0.01 < np.mean([evaluate_coco(*one)["AP"] for one in sets if one[1]]) < 0.99
+
+
+def test_backends_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="backend=coco: give pycocotools or hotcoco"):
+        CocoEvaluator(coco_dict([], []), backend="coco")
+    monkeypatch.setattr("detection.evaluation.coco.find_spec", lambda name: None)
+    assert fastest_backend() == "pycocotools"
+    with pytest.raises(UserError, match="pip install hotcoco"):
+        CocoEvaluator(coco_dict([], []), backend="hotcoco")
