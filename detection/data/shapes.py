@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
+from detection.data.index_cache import cache_folder
 from detection.errors import UserError
 
 # A new number makes everyone draw the set anew: raise it with each change to the pictures.
@@ -132,8 +133,7 @@ def provide(recipe: Recipe, root: str | Path | None = None) -> Path:
     Raises:
         UserError: the folder cannot be written.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    parent = Path(root) if root else cache / "condconv-detection"
+    parent = Path(root) if root else cache_folder()
     digest = blake2b(json.dumps(asdict(recipe), default=list).encode(), digest_size=6).hexdigest()
     folder = parent / f"shapes-{VERSION}-{digest}"
     if _is_complete(folder, recipe):
