@@ -34,7 +34,7 @@ class FixedConv2d(nn.Conv2d):
                 groups=layer.groups,
                 bias=layer.bias is not None,
             )
-        self.padding = layer.padding
+        self.padding = layer.padding  # pyright: ignore[reportAttributeAccessIssue]
         kernels, weights = layer.kernels().detach(), routing_weights.to(layer.weight)
         self.weight = nn.Parameter((weights @ kernels.flatten(1)).view_as(kernels[0]))
         if layer.bias is not None:
@@ -109,5 +109,5 @@ def specialize(network: nn.Module, batches: Iterable[Tensor]) -> dict[str, Routi
         if isinstance(block, SharedRouting):
             block.restore_class()
         elif isinstance(getattr(block, "router", None), Router):
-            block.router = None
+            block.register_module("router", None)
     return summarize_routing(routing)

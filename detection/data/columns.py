@@ -31,7 +31,7 @@ class Column(Collection[T]):
         return len(self.rows)
 
     def __contains__(self, value: object) -> bool:
-        return value in iter(self)
+        return any(value == own for own in self)
 
     def __getitem__(self, place: int) -> T:
         return self.convert(self.rows[place].tolist())
@@ -62,7 +62,7 @@ class Texts(Collection[str]):
         return len(self.starts) - 1
 
     def __contains__(self, value: object) -> bool:
-        return value in iter(self)
+        return any(value == own for own in self)
 
     def __getitem__(self, place: int) -> str:
         start, end = self.starts[place], self.starts[place + 1] - 1

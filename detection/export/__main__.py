@@ -146,6 +146,7 @@ class _Data:
             evaluator = CocoEvaluator(self.val.ground_truth())
             detector = Detector(parts, categories)
             found = evaluate(detector, self.val, evaluator, processes=processes, num_workers=0)
+        assert found is not None  # nothing told it to stop
         return found.metrics["AP"]
 
     def measure_file(self, path: Path) -> float:
