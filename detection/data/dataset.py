@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ class DetectionDataset(Dataset[Sample]):
             image without boxes in its place (False). Either way the sample names it.
 
     Raises:
-        UserError: on access, if no image at all can be read (training).
+        UserError: on access, if no image at all can be read (training), or the folder is gone.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class DetectionDataset(Dataset[Sample]):
             try:
                 image = load_annotated_image(self.index.images_dir / file_name, size)
             except UnreadableImage as error:
+                self._check_folder((self.index.images_dir / file_name).parent)
                 unreadable.append(f"{file_name}: {error}")
                 if self.training:
                     continue
@@ -128,6 +130,14 @@ class DetectionDataset(Dataset[Sample]):
             f"{self.index.images_dir}: none of its {len(self)} images can be read "
             f"(first: {unreadable[0]})"
         )
+
+    def _check_folder(self, folder: Path) -> None:
+        """A folder that goes away, or a mount that leaves it empty, is no case of broken images."""
+        if not folder.is_dir() or next(folder.iterdir(), None) is None:
+            raise UserError(
+                f"{folder}: the folder of images is gone or empty: bring it back; a run goes on "
+                "with resume=true"
+            )
 
 
 @contextmanager

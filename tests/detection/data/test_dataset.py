@@ -145,6 +145,20 @@ def test_no_readable_image(tmp_path: Path):
         dataset[0, 2]
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("left", ["nothing", "an empty folder"])
+def test_a_folder_that_vanishes(tmp_path: Path, training: bool, left: str):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    dataset = make_dataset(make_index(folder), training=training)
+    assert dataset[0, 1].unreadable == ()
+    folder.rename(tmp_path / "away")
+    if left != "nothing":
+        folder.mkdir()
+    with pytest.raises(UserError, match=f"{folder}: the folder of images is gone or empty"):
+        dataset[0, 1]
+
+
 def test_collate_pads(tmp_path: Path):
     dataset = make_dataset(make_index(tmp_path), training=False)
     samples = [dataset[i] for i in (2, 0, 3)]

@@ -152,6 +152,21 @@ def test_flips_move_boxes_with_pixels():
     assert image[0, 0, 0] > image[0, 0, -1] and image[1, 0, 0] > image[1, -1, 0]
 
 
+def test_colours_change_and_nothing_moves():
+    transform = TrainTransform(resize=resize, crop="none", horizontal_flip=0, photometric=1)
+    plain = TrainTransform(resize=resize, crop="none", horizontal_flip=0)
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (3, HEIGHT, WIDTH), dtype=torch.uint8, generator=random)
+    labels = torch.arange(len(BOXES))
+    torch.manual_seed(0)
+    image, boxes, _ = transform(tv_tensors.Image(pixels), make_boxes(BOXES), labels)
+    expected, expected_boxes, _ = plain(tv_tensors.Image(pixels), make_boxes(BOXES), labels)
+    assert image.shape == expected.shape and image.dtype == torch.uint8
+    assert boxes.equal(expected_boxes) and not image.equal(expected)
+    brightness = torch.stack([image.float().mean(0).flatten(), expected.float().mean(0).flatten()])
+    assert torch.corrcoef(brightness)[0, 1] > 0.8
+
+
 def test_labels_go_with_their_boxes():
     transform = TrainTransform(resize=resize, horizontal_flip=0.0)
     for seed in range(40):
