@@ -71,6 +71,9 @@ def save_checkpoint(
         partial.unlink(missing_ok=True)
         if keep_old_as is not None and keep_old_as.exists() and not path.exists():
             keep_old_as.replace(path)
+        # torch raises it wherever the main thread is when a worker dies.
+        if str(error).startswith("DataLoader worker"):
+            raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(
             f"cannot write {path}: {reason}; the file that was there is untouched: "

@@ -20,7 +20,7 @@ class ScoreCurves(NamedTuple):
     """What is kept when detections below a score are dropped.
 
     Args:
-        precision: (K, S); 1 where nothing is kept.
+        precision: (K, S); NaN where nothing is kept.
         recall: (K, S).
         f1: (K, S).
     """
@@ -171,5 +171,5 @@ def _rates(
     if num_truths == 0:
         undefined = np.full(len(counts), np.nan)
         return undefined, undefined, undefined
-    precision = np.where(counts > 0, hits / np.maximum(counts, 1), 1.0)
+    precision = np.where(counts > 0, hits / np.maximum(counts, 1), np.nan)
     return precision, hits / num_truths, 2 * hits / (counts + num_truths)

@@ -55,7 +55,7 @@ def test_every_option_composes(compose_config: Callable[..., Any], group: str):
         ("experiment=bcd", "did you mean bccd"),
         ("model=ssd300_mobilenet", "did you mean ssd300_mobilenet_v1"),
         ("data=cocoo", "did you mean coco"),
-        ("logger=wandb", "known are none, tensorboard"),
+        ("logger=wandbb", "did you mean wandb"),
         ("foo", "write key=value"),
         ("trainer.steps=1,2 optimizer.lrr=3", "did you mean optimizer.lr"),
     ],
