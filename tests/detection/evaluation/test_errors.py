@@ -87,6 +87,14 @@ def test_what_each_kind_costs(make_set: MakeSet) -> None:
     assert found.errors.class_costs[kind] == pytest.approx([51 / 101 - now, 0.0])
 
 
+def test_a_poor_box_on_what_is_found_is_only_left_out(make_set: MakeSet) -> None:
+    truths = [(1, "a", 0, 100), (2, "a", 0, 100)]
+    found = analyze_set(make_set(truths, [(1, "a", 0, 100, 0.9), (1, "a", 50, 100, 0.8)]))
+    assert names_of(found) == [None, "localization"]
+    assert found.errors.costs[KINDS.index("localization")] == pytest.approx(0.0)
+    assert found.errors.missed.tolist() == [False, True]
+
+
 def test_a_classification_error_is_mended_in_the_class_of_its_truth(make_set: MakeSet) -> None:
     truths = [(1, "a", 0, 100), (2, "b", 0, 100)]
     results = [(1, "b", 0, 100, 0.9), (2, "b", 0, 100, 0.8)]
