@@ -102,18 +102,12 @@ def evaluate(
     if processes.sum(torch.tensor(float(stopped), device=processes.device)) > 0:
         return None
     shares = processes.gather((results, sums, unreadable))
-    metrics: dict[str, Any] | UserError = {}
+    results = [result for share in shares for result in share[0]]
+    metrics: dict[str, Any] = {}
     if processes.is_main:
-        results = [result for share in shares for result in share[0]]
-        try:
-            _report_unreadable([name for share in shares for name in share[2]], index)
-            metrics = evaluator.evaluate(results) | _mean_losses([share[1] for share in shares])
-        except UserError as error:
-            metrics = error
-    metrics = processes.share(metrics)
-    if isinstance(metrics, UserError):
-        raise metrics
-    return Evaluation(metrics, results if processes.is_main else [])
+        _warn_of_unreadable([name for share in shares for name in share[2]])
+        metrics = evaluator.evaluate(results) | _mean_losses([share[1] for share in shares])
+    return Evaluation(processes.share(metrics), results)
 
 
 def evaluate_exported(
@@ -135,7 +129,9 @@ def evaluate_exported(
                 unreadable.append(f"{index.file_names[i]}: {error}")
         for image_id, found in zip(image_ids, detector.predict(images), strict=True):
             results += _known_results(map(torch.from_numpy, found), image_id, categories)
-    _report_unreadable(unreadable, index)
+    if unreadable and not index.images_dir.is_dir():
+        raise UserError(f"{index.images_dir}: the folder of images is gone: bring it back")
+    _warn_of_unreadable(unreadable)
     return Evaluation(evaluator.evaluate(results), results)
 
 
@@ -148,9 +144,7 @@ def _known_results(
     return coco_results(boxes[known], scores[known], labels[known], image_id, categories)
 
 
-def _report_unreadable(names: list[str], index: CocoIndex) -> None:
-    if names and not index.images_dir.is_dir():
-        raise UserError(f"{index.images_dir}: none of its images can be read: the folder is gone")
+def _warn_of_unreadable(names: list[str]) -> None:
     for name in names:
         LOGGER.warning("cannot read %s: evaluated as an image without detections", name)
 
