@@ -71,9 +71,12 @@ def save_checkpoint(
         partial.unlink(missing_ok=True)
         if keep_old_as is not None and keep_old_as.exists() and not path.exists():
             keep_old_as.replace(path)
-        # torch raises it wherever the main thread is when a worker dies.
-        if str(error).startswith("DataLoader worker"):
-            raise
+        # torch raises it wherever the main thread is when a worker dies; the writer adds its own.
+        cause: BaseException | None = error
+        while cause is not None:
+            if str(cause).startswith("DataLoader worker"):
+                raise cause from None
+            cause = cause.__context__
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(
             f"cannot write {path}: {reason}; the file that was there is untouched: "

@@ -255,6 +255,9 @@ def test_a_report_and_a_comparison(
         "last.pt",
     ]
     assert data["training"] and all(image["source"] for image in data["images"])
+    titles = [section["title"] for section in data["sections"]]
+    assert titles == ["Experts by layer", "Routing by class", "Classes routed alike"]
+    assert all(len(section["figures"]) > 0 for section in data["sections"])
 
 
 def test_what_is_compared_is_read_before_anything_is_measured(

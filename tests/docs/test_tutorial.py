@@ -55,7 +55,7 @@ def save_as_voc(bccd: Path, folder: Path) -> None:
 
 def test_pictures_of_the_page_are_there() -> None:
     pictures = re.findall(r"\]\((images/.+?)\)", PAGE)
-    assert len(pictures) == 3
+    assert len(pictures) == 4
     for picture in pictures:
         assert (ROOT / "docs" / picture).stat().st_size < 200_000
 
