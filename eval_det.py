@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from detection.data.coco import CocoIndex
+    from detection.detector import Detector
     from detection.engine.evaluate import Evaluation
     from detection.evaluation.coco import CocoEvaluator
     from detection.onnx_detector import OnnxDetector
@@ -83,13 +84,19 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
         settings = content["evaluation"]
         evaluator = CocoEvaluator(index.ground_truth(), backend=settings["backend"])
 
-        def measure(file: OnnxDetector | dict[str, Any]) -> Evaluation:
+        detectors: list[Detector | OnnxDetector] = []
+        found: list[Evaluation] = []
+        for file in loaded:
             batch_size = settings["batch_size"]
             if isinstance(file, OnnxDetector):
-                return evaluate_exported(file, index, evaluator, batch_size=batch_size)
+                detectors.append(file)
+                found.append(evaluate_exported(file, index, evaluator, batch_size=batch_size))
+                continue
             parts = load_model(file, weights=content["weights"])
-            found = evaluate(
-                Detector(parts, read_categories(file), processes.device),
+            detector = Detector(parts, read_categories(file), processes.device)
+            detectors.append(detector)
+            evaluation = evaluate(
+                detector,
                 index,
                 evaluator,
                 processes=processes,
@@ -97,10 +104,8 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
                 batch_size=batch_size,
                 num_workers=settings["num_workers"],
             )
-            assert found is not None  # nothing told it to stop
-            return found
-
-        found = [measure(file) for file in loaded]
+            assert evaluation is not None  # nothing told it to stop
+            found.append(evaluation)
         if processes.is_main:
             write_metrics(found[0].metrics, output / "metrics.json")
             write_results(found[0].results, output / "detections.json")
@@ -114,13 +119,13 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
             console.print(metrics_table(found[0].metrics))
             LOGGER.info("metrics, detections and pictures: %s", output)
             if content["report"] or content["compare"]:
-                _report(content, loaded[0], index, evaluator, paths, found, output, console)
+                _report(content, detectors[0], index, evaluator, paths, found, output, console)
     return found[0].metrics
 
 
 def _report(
     content: dict[str, Any],
-    file: OnnxDetector | dict[str, Any],
+    detector: Detector | OnnxDetector,
     index: CocoIndex,
     evaluator: CocoEvaluator,
     paths: list[Path],
@@ -158,28 +163,24 @@ def _report(
             other=runs[1] if len(runs) == 2 else None,
             history=RunFolder(paths[0].parent.parent).read_metrics(),
             num_images=content["report_images"],
-            sections=_show_routing(file, index, content),
+            sections=_show_routing(detector, index, content["report_images"]),
         )
         LOGGER.info("report: %s", page)
 
 
 def _show_routing(
-    file: OnnxDetector | dict[str, Any], index: CocoIndex, content: dict[str, Any]
+    detector: Detector | OnnxDetector, index: CocoIndex, num_images: int
 ) -> list[Section]:
     """Sections on the routing over as many images as the page shows; none for static networks."""
-    from detection.checkpoint import load_model, read_categories
     from detection.detector import Detector
-    from detection.engine.processes import choose_device
     from detection.errors import UserError
     from detection.report import routing_sections
     from detection.visualization.results import spread
     from detection.visualization.routing import collect_routing, load_batches
 
-    if not isinstance(file, dict):
+    if not isinstance(detector, Detector):
         return []
-    parts = load_model(file, weights=content["weights"])
-    detector = Detector(parts, read_categories(file), choose_device(content["device"]))
-    batches = load_batches(detector, index, spread(len(index), content["report_images"]))
+    batches = load_batches(detector, index, spread(len(index), num_images))
     try:
         routing = collect_routing(detector, batches, [own.name for own in index.categories])
     except UserError:

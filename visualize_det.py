@@ -13,6 +13,7 @@ from detection.cli import find_data, plain, run_script, split_data
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from detection.data.coco import CocoIndex
     from detection.detector import Detector
     from detection.visualization.frames import DrawnFrame
 
@@ -36,7 +37,9 @@ def visualize(config: DictConfig) -> list[Path]:
     """
     from rich.console import Console
 
+    from detection.build import build
     from detection.checkpoint import load_checkpoint, load_model, read_categories
+    from detection.data.sources import find_split, load_split
     from detection.detector import Detector
     from detection.engine.processes import choose_device
     from detection.engine.run_folder import start_logging
@@ -54,10 +57,10 @@ def visualize(config: DictConfig) -> list[Path]:
     )
     if content["source"] is not None:
         return _draw_source(detector, content)
-    data = find_data(content, checkpoint)
-    if content["routing"]:
-        return _draw_routing(detector, data, content)
-    return _draw_split(detector, data, content)
+    source, _ = split_data(find_data(content, checkpoint))
+    index = load_split(find_split(build(source), content["split"]))
+    draw = _draw_routing if content["routing"] else _draw_split
+    return draw(detector, index, content)
 
 
 def _draw_source(detector: Detector, content: dict[str, Any]) -> list[Path]:
@@ -132,18 +135,15 @@ def _write_detections(drawn: list[DrawnFrame], detector: Detector, path: Path) -
     path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _draw_split(detector: Detector, data: dict[str, Any], content: dict[str, Any]) -> list[Path]:
+def _draw_split(detector: Detector, index: CocoIndex, content: dict[str, Any]) -> list[Path]:
     from rich.progress import track
 
-    from detection.build import build
-    from detection.data.sources import find_split, load_split
     from detection.engine.run_folder import LOGGER
     from detection.images import UnreadableImage, load_annotated_image
     from detection.visualization.gallery import side_by_side
     from detection.visualization.media import write_picture
     from detection.visualization.results import spread
 
-    index = load_split(find_split(build(split_data(data)[0]), content["split"]))
     own_labels = detector.match_categories(index.categories)
     for line in index.describe():
         LOGGER.warning(line)
@@ -171,11 +171,9 @@ def _draw_split(detector: Detector, data: dict[str, Any], content: dict[str, Any
     return written
 
 
-def _draw_routing(detector: Detector, data: dict[str, Any], content: dict[str, Any]) -> list[Path]:
+def _draw_routing(detector: Detector, index: CocoIndex, content: dict[str, Any]) -> list[Path]:
     from rich.progress import track
 
-    from detection.build import build
-    from detection.data.sources import find_split, load_split
     from detection.engine.run_folder import LOGGER
     from detection.visualization.results import spread
     from detection.visualization.routing import (
@@ -185,7 +183,6 @@ def _draw_routing(detector: Detector, data: dict[str, Any], content: dict[str, A
         write_routing,
     )
 
-    index = load_split(find_split(build(split_data(data)[0]), content["split"]))
     chosen = spread(len(index), content["max_images"] or len(index))
     unreadable: list[str] = []
     batches = load_batches(

@@ -206,10 +206,7 @@ def choose_strategy(
 
 
 def _mix(
-    weight: Tensor,
-    routing_weights: Tensor,
-    dtype: torch.dtype,
-    shape: Sequence[int],
+    weight: Tensor, routing_weights: Tensor, dtype: torch.dtype, shape: Sequence[int]
 ) -> Tensor:
     """weight (E, O, ...), routing_weights (B, E) -> the kernels of all examples (-1, *shape)."""
     kernels = torch.mm(routing_weights, weight.flatten(1))
@@ -392,7 +389,8 @@ def _slices(size: int, step: int) -> list[slice]:
 
 
 def _put(piece: Tensor, whole: Tensor | None, first: int, size: int) -> Tensor:
-    """Rows of a tensor of `size` rows, which the first piece makes; the last step of no copy."""
+    """Write rows from `first` on into a tensor of `size` rows, made where there is none yet; a
+    piece that has all rows is that tensor."""
     if piece.shape[0] == size:
         return piece
     if whole is None:
@@ -493,7 +491,7 @@ def _mix_into(kernels: Tensor, weight: Tensor, routing_weights: Tensor) -> Tenso
     if kernels.dtype == weight.dtype:
         torch.mm(routing_weights, weight.flatten(1), out=kernels.flatten(1))
         return kernels
-    return kernels.copy_(torch.mm(routing_weights, weight.flatten(1)).view_as(kernels))
+    return kernels.copy_(_mix(weight, routing_weights, kernels.dtype, kernels.shape[1:]))
 
 
 def _differentiate_matmul_in_parts(
@@ -605,14 +603,17 @@ def _export(
     geometry = _Geometry(pair(stride), pair(padding), pair(dilation), groups)
     kernel_size = weight.shape[3:]
     sizes = _output_size(x, weight, geometry)
-    # `unfold` becomes gathers by index tables, which take longer than all the rest.
-    rows, columns = (
-        [slice(i * gap, i * gap + (size - 1) * step + 1, step) for i in range(length)]
-        for length, size, step, gap in zip(kernel_size, sizes, stride, dilation, strict=True)
-    )
-    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-    patches = [x[:, :, row, column] for row in rows for column in columns]
-    patches = torch.stack(patches, dim=2).flatten(1, 2).flatten(2)
+    if kernel_size == (1, 1) and geometry.padding == (0, 0):
+        patches = _gather_patches(x, weight, geometry)
+    else:
+        # `unfold` becomes gathers by index tables, which take longer than all the rest.
+        rows, columns = (
+            [slice(i * gap, i * gap + (size - 1) * step + 1, step) for i in range(length)]
+            for length, size, step, gap in zip(kernel_size, sizes, stride, dilation, strict=True)
+        )
+        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+        patches = [x[:, :, row, column] for row in rows for column in columns]
+        patches = torch.stack(patches, dim=2).flatten(1, 2).flatten(2)
     kernels = _mix(weight, routing_weights, x.dtype, weight.flatten(2).shape[1:])
     y = torch.bmm(_split_groups(kernels, groups), _split_groups(patches, groups))
     y = _join_groups(y, groups).unflatten(2, sizes)

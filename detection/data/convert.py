@@ -20,9 +20,9 @@ import yaml
 from PIL import Image
 
 from detection.errors import UserError
+from detection.images import PICTURE_SUFFIXES
 from detection.structures import Category
 
-SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -220,7 +220,7 @@ def _find_files(folder: Path, suffixes: set[str] | frozenset[str], kind: str) ->
 
 def _find_images(folder: Path) -> dict[str, Path]:
     """Every image by its path without the suffix."""
-    files = _find_files(folder, SUFFIXES, "images")
+    files = _find_files(folder, PICTURE_SUFFIXES, "images")
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
 
 
@@ -256,7 +256,7 @@ def _read_list(file: Path) -> set[str]:
 
 def _stem(name: str) -> str:
     path = Path(name)
-    return path.stem if path.suffix.lower() in SUFFIXES else path.name
+    return path.stem if path.suffix.lower() in PICTURE_SUFFIXES else path.name
 
 
 def _read_content(options: argparse.Namespace, problems: Problems) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from rich.logging import RichHandler
 from detection.checkpoint import DamagedCheckpoint, load_checkpoint
 from detection.engine.processes import Processes
 from detection.errors import UserError
+from detection.files import whole_file
 
 LOGGER = logging.getLogger("detection")
 
@@ -124,9 +125,8 @@ class RunFolder:
         """Make the folder and write the config into it."""
         try:
             self.last.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.config.with_suffix(".tmp")
-            partial.write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))))
-            partial.replace(self.config)
+            with whole_file(self.config) as partial:
+                partial.write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))))
         except OSError as error:
             raise UserError(f"cannot write the run folder {self.path}: {error}") from error
 
@@ -155,9 +155,8 @@ class RunFolder:
         if not self.metrics_lines.exists():
             return
         kept = [record for record in self.read_metrics() if record["step"] <= step]
-        partial = self.metrics_lines.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        partial.replace(self.metrics_lines)
+        with whole_file(self.metrics_lines) as partial:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; empty where there is none."""

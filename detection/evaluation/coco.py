@@ -8,7 +8,6 @@ M limits of detections an image and category (the last is 100).
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -28,6 +27,7 @@ from rich.text import Text
 from torch import Tensor
 
 from detection.errors import UserError
+from detection.files import whole_file
 from detection.structures import Category
 
 METRIC_NAMES = (
@@ -310,7 +310,7 @@ def _numbers(results: list[dict[str, Any]]) -> np.ndarray:
 
 def _write_json(value: Any, path: Path, indent: int | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     # Encoded before the file is opened, and in one piece: json.dump has no fast path.
-    temporary.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    content = json.dumps(value, indent=indent, allow_nan=False) + "\n"
+    with whole_file(path) as partial:
+        partial.write_text(content, encoding="utf-8")

@@ -163,19 +163,19 @@ class _Data:
 def _read_samples(index: CocoIndex, preprocess: Any, number: int) -> torch.Tensor:
     """uint8 (N, 3, S, S), spread evenly over a split."""
     import torch
-    from torchvision.transforms.v2 import functional as F
 
-    from detection.images import UnreadableImage, load_annotated_image
+    from detection.data.dataset import DetectionDataset
+    from detection.data.transforms import EvalTransform
 
+    transform = EvalTransform(resize=preprocess.resize)
+    dataset = DetectionDataset(index, transform, seed=0, training=False)
     step, images = max(len(index) // number, 1), []
     for i in range(0, len(index), step)[:number]:
-        path = index.images_dir / index.file_names[i]
-        try:
-            picture = load_annotated_image(path, index.sizes[i])
-        except UnreadableImage as error:
-            print(f"cannot read {path}, which is left out: {error}")
-            continue
-        images.append(preprocess.resize_image(F.pil_to_tensor(picture)))
+        sample = dataset[i]
+        if sample.unreadable:
+            print(f"cannot read {sample.unreadable[0]}: left out")
+        else:
+            images.append(sample.image)
     return torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Exported files."""
 
 from __future__ import annotations
 
@@ -7,22 +7,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from detection.errors import UserError
+from detection.files import whole_file
 
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Give a place to write, which becomes `path` at the end of the `with`.
+    """`whole_file` for libraries whose errors need a name.
 
     Raises:
-        UserError: where the file cannot be written; one that was there is untouched then.
+        UserError: where the file cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f"{path.stem}.tmp{path.suffix}")
     try:
-        yield partial
-        partial.replace(path)
+        with whole_file(Path(path)) as partial:
+            yield partial
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"cannot write {path}: {reason}") from error
-    finally:
-        partial.unlink(missing_ok=True)

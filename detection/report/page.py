@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from io import BytesIO
@@ -23,6 +22,7 @@ from detection.evaluation.analysis import Analysis
 from detection.evaluation.coco import METRIC_NAMES
 from detection.evaluation.comparison import compare
 from detection.evaluation.errors import KINDS
+from detection.files import whole_file
 from detection.images import UnreadableImage, load_annotated_image
 
 MAX_IMAGE_BYTES = 18 * 2**20  # of all JPEGs together; base64 adds a third
@@ -124,9 +124,8 @@ def write_report(
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(_fill_template(content), encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as partial:
+        partial.write_text(_fill_template(content), encoding="utf-8")
     return path
 
 

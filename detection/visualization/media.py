@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageOps
 
 from detection.errors import UserError
-from detection.images import UnreadableImage, load_image
+from detection.images import PICTURE_SUFFIXES, UnreadableImage, load_image
 
-PICTURE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"))
 WRITTEN_SUFFIXES = frozenset((".jpeg", ".jpg", ".png"))
 

@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from condconv import capture_routing, summarize_routing
 from detection.data.coco import CocoIndex
+from detection.data.dataset import DetectionDataset
+from detection.data.transforms import EvalTransform
 from detection.detector import Detector
 from detection.errors import UserError
-from detection.images import UnreadableImage, load_annotated_image
 from detection.visualization.colors import class_colors
 
 # A layer whose weights all deviate less over the images might as well be static.
@@ -254,15 +254,15 @@ def _load_samples(
     places: Iterable[int] | None,
     unreadable: list[str] | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    transform = EvalTransform(resize=detector.preprocess.resize)
+    dataset = DetectionDataset(index, transform, seed=0, training=False)
     for i in range(len(index)) if places is None else places:
-        try:
-            picture = load_annotated_image(index.images_dir / index.file_names[i], index.sizes[i])
-        except UnreadableImage as error:
+        sample = dataset[i]
+        if sample.unreadable:
             if unreadable is not None:
-                unreadable.append(f"{index.file_names[i]}: {error}")
+                unreadable += sample.unreadable
             continue
-        presence = F.one_hot(index.labels(i), len(index.categories)).any(0)
-        yield detector.preprocess.resize_image(pil_to_tensor(picture)), presence
+        yield sample.image, F.one_hot(index.labels(i), len(index.categories)).any(0)
 
 
 def _short(name: str) -> str:
