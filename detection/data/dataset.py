@@ -47,6 +47,24 @@ class Sample(NamedTuple):
     unreadable: tuple[str, ...]
 
 
+class Picture(NamedTuple):
+    """One image and what is on it, as read: not yet transformed.
+
+    Args:
+        image: (3, H, W) uint8.
+        boxes: (N, 4), xyxy in its pixels.
+        labels: (N,) int64.
+        i: its place in the index: not that asked for, where that one could not be read.
+        unreadable: "file: reason" of each image that could not be read on the way.
+    """
+
+    image: tv_tensors.Image
+    boxes: tv_tensors.BoundingBoxes
+    labels: Tensor
+    i: int
+    unreadable: tuple[str, ...]
+
+
 class Batch(NamedTuple):
     """Samples put together.
 
@@ -98,7 +116,19 @@ class DetectionDataset(Dataset[Sample]):
         with _isolated(derive_seed(self.seed, epoch, i)):
             return self._load(i)
 
-    def _load(self, first: int) -> Sample:
+    def _load(self, i: int) -> Sample:
+        picture = self._read(i)
+        pixels, boxes, labels = self.transform(picture.image, picture.boxes, picture.labels)
+        return Sample(
+            image=pixels.as_subclass(Tensor),
+            boxes=boxes.as_subclass(Tensor),
+            labels=labels,
+            image_id=self.index.image_ids[picture.i],
+            size=self.index.sizes[picture.i],
+            unreadable=picture.unreadable,
+        )
+
+    def _read(self, first: int) -> Picture:
         unreadable: list[str] = []
         for shift in range(len(self)):
             i = (first + shift) % len(self)
@@ -113,18 +143,12 @@ class DetectionDataset(Dataset[Sample]):
                     continue
                 image = Image.new("RGB", (size[1], size[0]))
                 boxes, labels = boxes[:0], labels[:0]
-            pixels, boxes, labels = self.transform(
+            return Picture(
                 tv_tensors.Image(F.pil_to_tensor(image)),
                 tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),  # pyright: ignore
                 labels,
-            )
-            return Sample(
-                image=pixels.as_subclass(Tensor),
-                boxes=boxes.as_subclass(Tensor),
-                labels=labels,
-                image_id=self.index.image_ids[i],
-                size=size,
-                unreadable=tuple(unreadable),
+                i,
+                tuple(unreadable),
             )
         raise UserError(
             f"{self.index.images_dir}: none of its {len(self)} images can be read "
