@@ -1,6 +1,7 @@
 """Time and memory of CondConv2d beside timm's CondConv2d and the static convolution.
 
-    python benchmarks/bench_condconv.py [--quick] [--threads 2] [--strategies] [--output FILE]
+    python benchmarks/bench_condconv.py [--quick] [--threads 2] [--channels-last] [--strategies] \\
+        [--output FILE]
 
 All sides of a row run in turn, round after round, so that a busy moment hits them alike; times
 are medians over the rounds. A ratio above 1 means that CondConv2d is faster. The memory of a row
@@ -109,7 +110,9 @@ def measure_peak(run: Callable[[], object], device: str) -> int:
     return peak
 
 
-def build_sides(row: Row, batch: int, device: str) -> dict[str, Callable[[], Tensor]]:
+def build_sides(
+    row: Row, batch: int, device: str, memory_format: torch.memory_format
+) -> dict[str, Callable[[], Tensor]]:
     padding = row.kernel_size // 2
     ours = CondConv2d(
         row.in_channels, row.out_channels, row.kernel_size, row.stride, padding,
@@ -124,7 +127,9 @@ def build_sides(row: Row, batch: int, device: str) -> dict[str, Callable[[], Ten
         row.in_channels, row.out_channels, row.kernel_size, row.stride, padding,
         groups=row.groups, bias=False,
     ).to(device)  # fmt: skip
-    x = torch.randn(batch, row.in_channels, row.size, row.size, device=device, requires_grad=True)
+    static.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
+    x = torch.randn(batch, row.in_channels, row.size, row.size, device=device)
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
     routing = torch.rand(batch, NUM_EXPERTS, device=device, requires_grad=True)
     torch.testing.assert_close(ours(x, routing), theirs(x, routing), rtol=1e-3, atol=1e-4)
 
@@ -158,7 +163,8 @@ def with_backward(run: Callable[[], Tensor]) -> Callable[[], object]:
 
 
 def bench_row(row: Row, batch: int, args: argparse.Namespace) -> dict[str, Any]:
-    sides = build_sides(row, batch, args.device)
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    sides = build_sides(row, batch, args.device, memory_format)
     if not args.strategies:
         sides = {name: run for name, run in sides.items() if name not in get_args(Strategy)}
     forward = measure(
@@ -231,6 +237,9 @@ def bench_detector(args: argparse.Namespace) -> list[dict[str, Any]]:
         name: ssd_mobilenet_v1(num_classes=90, num_experts=num_experts).eval().to(args.device)
         for name, num_experts in (("static", 1), ("condconv", NUM_EXPERTS))
     }
+    if args.channels_last:
+        for network in networks.values():
+            network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     image = torch.zeros(1, 3, 300, 300, device=args.device)
     costs = {name: count_multiply_adds(network, image) for name, network in networks.items()}
     results = []
@@ -258,6 +267,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="for each row and pass (2, quick 0.5)")
     parser.add_argument("--batches", type=int, nargs="+", help="(1 2 8 32, quick 1 8)")
     parser.add_argument("--family", help="only the rows of this family")
+    parser.add_argument("--channels-last", action="store_true", help="inputs in that format")
     parser.add_argument("--strategies", action="store_true", help="time every strategy too")
     parser.add_argument("--no-detector", action="store_true", help="leave the whole SSD out")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))

@@ -154,11 +154,15 @@ def spread_over_experts(
     return spread
 
 
-def accelerate_timm(network: nn.Module) -> nn.Module:
+def accelerate_timm(network: nn.Module, *, channels_last: bool = True) -> nn.Module:
     """Put ours in the place of timm's `CondConv2d` layers, in place; outputs and training stay.
 
     The layers take over the very parameters: optimizers go on with them, and state dicts fit both
     ways, in names and in shapes (see `FlatCondConv2d`).
+
+    Args:
+        channels_last: also lay the network out in this memory format, in which depthwise layers
+            take less time. timm's layers undo it, ours keep it.
 
     Returns:
         `network`, or the layer in its place where it is such a layer.
@@ -174,7 +178,10 @@ def accelerate_timm(network: nn.Module) -> nn.Module:
             layers[child] = FlatCondConv2d(child)
     if not layers:
         raise ValueError(f"{type(network).__name__} has no CondConv2d of timm's")
-    return replace_modules(network, layers)
+    network = replace_modules(network, layers)
+    if channels_last:
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return network
 
 
 class FlatCondConv2d(CondConv2d):
@@ -304,12 +311,16 @@ def _trace(block: SharedRouting, layers: Set[nn.Module]) -> dict[bool, fx.Graph]
     }
     modes = {child: child.training for child in opened}
     graphs = {}
+    modules = block._modules
+    if isinstance(block, nn.Sequential):  # it calls all that it holds; the router is none of its own
+        block._modules = {name: child for name, child in modules.items() if name != "router"}
     try:
         for training in (True, False):
             for child in opened:
                 child.training = training
             graphs[training] = _Tracer(opened).trace(block)
     finally:
+        block._modules = modules
         for child, mode in modes.items():
             child.training = mode
     return graphs

@@ -23,8 +23,11 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 MAX_PATCHES = 128  # output positions up to which gathering the patches of a k x k kernel pays
 MAX_ROWS = 64  # output positions up to which products of rows pay: more are not worth a copy
 MAX_GROUPED_BYTES = 32 * 2**20  # of the batch's mixed kernels, up to which one convolution pays
+MIN_LOOPED_BYTES = 2**18  # of an example's input, from which a copy of it costs more than a call
+MAX_INPUT_BYTES = 4 * 2**20  # of the input of such a convolution, where kernels have groups
 MIXED_BYTES = 8 * 2**20  # mixed kernels at a time,
 MAX_EXAMPLES = 8  # of this many examples: with more, the stores of the mixing collide in the cache
+MIN_SHARED = 2**17  # elements of one example's kernel from which threads share out the mixing
 MIN_CHANNELS = 64  # smaller blocks make slow matrix products
 
 
@@ -123,6 +126,7 @@ def condconv2d(
         strategy: how to execute; None chooses from the shapes.
             "matmul": matrix products on the input's patches.
             "grouped": one convolution in which each example is a group; exports fix the batch.
+                On a CPU, one for a few examples each where the kernels have groups themselves.
             "loop": one convolution an example; exports fix the batch.
             The backward pass mixes the kernels again instead of keeping B of them: always with
             "matmul", with the others where they take more than the input and the experts. There is
@@ -146,9 +150,7 @@ def condconv2d(
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: convert one of them")
     if routing_weights.dtype != weight.dtype:
         routing_weights = routing_weights.to(weight.dtype)
-    # By strides, as asking for the format is an error inside of `vmap`.
-    channels_last = x.stride(1) == 1 and not x.is_contiguous()
-
+    channels_last = _is_channels_last(x)
     with disable_autocast(device_type):
         if weight.shape[0] == 1 and strategy is None:
             # One expert: scaling the output is scaling the kernel.
@@ -169,9 +171,19 @@ def condconv2d(
             y = _execute(x, weight, routing_weights, geometry, strategy)
         if bias is not None:
             y = y + (routing_weights @ bias.to(weight.dtype)).to(y.dtype)[:, :, None, None]
+    return _lay_out(y, channels_last)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    # By strides, as asking for the format is an error inside of `vmap`.
+    return x.stride(1) == 1 and not x.is_contiguous()
+
+
+def _lay_out(x: Tensor, channels_last: bool) -> Tensor:
+    """x in that memory format; the same tensor where it is."""
     if channels_last:
-        return y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    return y.contiguous()
+        return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return x.contiguous()
 
 
 def _resolve(
@@ -194,8 +206,13 @@ def choose_strategy(
     x: Tensor, weight: Tensor, output_size: tuple[int, int], groups: int
 ) -> Strategy:
     """The strategy that measures fastest for the shapes."""
-    if groups > 1 or x.shape[0] == 1:
+    if x.shape[0] <= 1:
         return "grouped"
+    if groups > 1:
+        # Examples side by side are channels first: the input would be copied, and the output back.
+        copied = x.device.type == "cpu" and _is_channels_last(x)
+        num_bytes = x.numel() // x.shape[0] * x.element_size() if copied else 0
+        return "loop" if num_bytes >= MIN_LOOPED_BYTES else "grouped"
     num_patches = output_size[0] * output_size[1]
     if weight.shape[3:] == (1, 1) or num_patches <= MAX_PATCHES:
         return "matmul"
@@ -209,7 +226,14 @@ def _mix(
     weight: Tensor, routing_weights: Tensor, dtype: torch.dtype, shape: Sequence[int]
 ) -> Tensor:
     """weight (E, O, ...), routing_weights (B, E) -> the kernels of all examples (-1, *shape)."""
-    kernels = torch.mm(routing_weights, weight.flatten(1))
+    experts = weight.flatten(1)
+    num_parts = math.gcd(experts.shape[1], 8)
+    if routing_weights.shape[0] == 1 and experts.shape[1] >= MIN_SHARED and num_parts > 1:
+        # In parts, as a product with a single row takes a single thread.
+        parts = experts.unflatten(1, (num_parts, -1)).transpose(0, 1)
+        kernels = torch.bmm(routing_weights.expand(num_parts, -1, -1), parts)
+    else:
+        kernels = torch.mm(routing_weights, experts)
     # Asking for what is there already costs as much as some small layers' arithmetic, here and
     # below.
     if kernels.dtype != dtype:
@@ -221,15 +245,33 @@ def _need_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _keeps_kernels(x: Tensor, weight: Tensor, strategy: Strategy) -> bool:
+def _count_at_once(x: Tensor, weight: Tensor, geometry: _Geometry, strategy: Strategy) -> int:
+    """How many examples one convolution takes.
+
+    With groups, it takes longer to bring the maps into the layout of the kernels than to convolve
+    them: some at a time stay in the cache, and in memory that need not be asked for anew.
+    """
+    batch = x.shape[0]
+    if strategy == "loop":
+        return 1
+    if geometry.groups == 1 or x.device.type != "cpu":
+        return batch
+    num_bytes = x.numel() * x.element_size()
+    if num_bytes <= MAX_INPUT_BYTES:
+        return batch
+    # Powers of two, as they share out most batches evenly.
+    return 2 ** int(math.log2(max(MAX_INPUT_BYTES * batch / num_bytes, 1)))
+
+
+def _keeps_kernels(x: Tensor, weight: Tensor, geometry: _Geometry, strategy: Strategy) -> bool:
     """Whether to keep mixed kernels for the backward pass, or to mix them again.
 
     Where they take less than the input or the experts, which are there in any case, mixing again
     saves little memory.
     """
-    if strategy != "grouped":
-        return False
     batch, num_experts = x.shape[0], weight.shape[0]
+    if strategy == "matmul" or _count_at_once(x, weight, geometry, strategy) < batch:
+        return False
     return batch <= num_experts or batch * weight.numel() <= num_experts * x.numel()
 
 
@@ -237,7 +279,7 @@ def _execute(
     x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: _Geometry, strategy: Strategy
 ) -> Tensor:
     inputs = (x, weight, routing_weights)
-    if _need_gradients(*inputs) and not _keeps_kernels(x, weight, strategy):
+    if _need_gradients(*inputs) and not _keeps_kernels(x, weight, geometry, strategy):
         y = _Mixed.apply(*inputs, geometry, strategy)
         assert isinstance(y, Tensor)
         return y
@@ -264,9 +306,8 @@ class _Mixed(torch.autograd.Function):
             patches = _gather_patches(x, weight, geometry)
             y = _matmul(patches, weight.flatten(2), routing_weights, geometry.groups)
             return y.unflatten(2, _output_size(x, weight, geometry))
-        if strategy == "grouped":
-            return _convolve(x, weight, routing_weights, geometry)
-        return _convolve_in_turn(x, weight, routing_weights, geometry)
+        at_once = _count_at_once(x, weight, geometry, strategy)
+        return _convolve(x, weight, routing_weights, geometry, at_once)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -304,27 +345,31 @@ def _differentiate(
             None if grad_weight is None else grad_weight.view_as(weight),
             grad_routing,
         )
-    at_once = x.shape[0] if strategy == "grouped" else 1
+    at_once = _count_at_once(x, weight, geometry, strategy)
     return _differentiate_convolution(grad_y, x, weight, routing_weights, geometry, at_once, needs)
 
 
-def _convolve(x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: _Geometry) -> Tensor:
-    """All examples are the groups of one convolution."""
-    batch = x.shape[0]
-    stride, padding, dilation, groups = geometry
-    kernels = _mix(weight, routing_weights, x.dtype, weight.shape[2:])
-    y = F.conv2d(_join_examples(x), kernels, None, stride, padding, dilation, batch * groups)
-    return y if batch == 1 else y.view(batch, -1, *y.shape[2:])
-
-
-def _convolve_in_turn(
-    x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: _Geometry
+def _convolve(
+    x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: _Geometry, at_once: int
 ) -> Tensor:
+    """`at_once` examples are the groups of one convolution."""
+    batch, out_channels = x.shape[0], weight.shape[1]
+    stride, padding, dilation, groups = geometry
     y = None
-    for examples in _slices(x.shape[0], MAX_EXAMPLES):
-        kernels = _mix(weight, routing_weights[examples], x.dtype, weight.shape[1:])
-        for i, kernel in enumerate(kernels, examples.start):
-            y = _put(F.conv2d(x[i : i + 1], kernel, None, *geometry), y, i, x.shape[0])
+    for examples in _slices(batch, max(at_once, MAX_EXAMPLES)):
+        weights = routing_weights if at_once >= batch else routing_weights[examples]
+        kernels = _mix(weight, weights, x.dtype, weight.shape[2:])
+        for first in range(examples.start, examples.stop, at_once):
+            inputs = x[first : first + at_once] if at_once < batch else x
+            num = inputs.shape[0]
+            start = (first - examples.start) * out_channels
+            own = kernels[start : start + num * out_channels]
+            piece = F.conv2d(
+                _join_examples(inputs), own, None, stride, padding, dilation, num * groups
+            )
+            if num > 1:
+                piece = piece.view(num, -1, *piece.shape[2:])
+            y = _put(piece, y, first, batch)
     assert y is not None
     return y
 
@@ -394,9 +439,17 @@ def _put(piece: Tensor, whole: Tensor | None, first: int, size: int) -> Tensor:
     if piece.shape[0] == size:
         return piece
     if whole is None:
-        whole = piece.new_empty(size, *piece.shape[1:])
+        whole = _new_empty_like(piece, size)
     whole[first : first + piece.shape[0]] = piece
     return whole
+
+
+def _new_empty_like(piece: Tensor, size: int) -> Tensor:
+    """A tensor of `size` rows in the memory format of the piece."""
+    if piece.dim() == 4 and _is_channels_last(piece):
+        _, channels, height, width = piece.shape
+        return piece.new_empty(size, height, width, channels).permute(0, 3, 1, 2)
+    return piece.new_empty(size, *piece.shape[1:])
 
 
 def _contract(a: Tensor, b: Tensor) -> Tensor:
@@ -646,8 +699,9 @@ def _operator(
     Its graph then holds for every batch size, where inductor's convolution would fix the number of
     groups, and kernels are mixed in parts.
     """
+    channels_last = _is_channels_last(x)
     x, geometry, choice = _unpack(x, weight, stride, padding, dilation, groups, same, strategy)
-    return _Mixed.forward(x, weight, routing_weights, geometry, choice).contiguous()
+    return _lay_out(_Mixed.forward(x, weight, routing_weights, geometry, choice), channels_last)
 
 
 @_operator.register_fake
@@ -667,7 +721,7 @@ def _(
     else:
         geometry = _Geometry(pair(stride), pair(padding), pair(dilation), groups)
         size = _output_size(x, weight, geometry)
-    return x.new_empty(x.shape[0], weight.shape[1], *size)
+    return _lay_out(x.new_empty(x.shape[0], weight.shape[1], *size), _is_channels_last(x))
 
 
 @torch.library.custom_op("condconv::condconv2d_backward", mutates_args=())
@@ -692,13 +746,19 @@ def _operator_backward(
         (height, width), (padded_height, padded_width) = x.shape[2:], padded.shape[2:]
         top, left = (padded_height - height) // 2, (padded_width - width) // 2
         grad_x = grad_x[:, :, top : top + height, left : left + width]
-    return [grad.contiguous() for grad in (grad_x, *grads) if grad is not None]
+        grad_x = _lay_out(grad_x, _is_channels_last(x))
+    others = [grad.contiguous() for grad in grads if grad is not None]
+    return others if grad_x is None else [grad_x, *others]
 
 
 @_operator_backward.register_fake
 def _(grad_y: Tensor, *inputs: Any) -> list[Tensor]:
-    needs = inputs[-1]
-    return [x.new_empty(x.shape) for x, need in zip(inputs[:3], needs, strict=True) if need]
+    x, *others = inputs[:3]
+    needs_x, *needs = inputs[-1]
+    grads = [
+        tensor.new_empty(tensor.shape) for tensor, need in zip(others, needs, strict=True) if need
+    ]
+    return [_lay_out(x.new_empty(x.shape), _is_channels_last(x)), *grads] if needs_x else grads
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -406,6 +406,23 @@ def test_all_experts_get_the_same_gradient_and_routers_do_not() -> None:
             assert torch.pdist(rows).min() > 1e-3 * rows.norm(dim=1).max() > 0
 
 
+def test_a_plain_sequence_shares_a_routing() -> None:
+    block = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 5, 1))
+    network, x = nn.Sequential(block, nn.Conv2d(5, 2, 1)), images(2)
+    before = network(x)
+    convert_to_condconv(
+        network, 4, where=lambda name, _: name != "1", share_within=lambda name, _: name == "0"
+    )
+    torch.testing.assert_close(network(x), before)
+    assert sum(isinstance(module, Router) for module in network.modules()) == 1
+    with torch.no_grad():
+        block.router.linear.weight.normal_()
+    assert not torch.allclose(network(x), before)
+    torch.testing.assert_close(copy.deepcopy(network)(x), network(x))
+    network(x).sum().backward()
+    assert block.router.linear.weight.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("delta", [0.1, 0.5])
 def test_experts_and_routing_drift_apart(delta: float) -> None:
     network = small_network()

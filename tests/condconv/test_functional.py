@@ -158,11 +158,22 @@ def use_small_blocks(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("strategy", [None, *STRATEGIES])
 @settings(derandomize=True, max_examples=60, deadline=None)
-@given(case=cases(), small_blocks=st.booleans(), keeps_kernels=st.booleans())
+@given(
+    case=cases(),
+    small_blocks=st.booleans(),
+    keeps_kernels=st.booleans(),
+    at_once=st.sampled_from([1, 2, None]),
+)
 def test_outputs_and_gradients_equal_the_loop(
-    strategy: str | None, case: Case, small_blocks: bool, keeps_kernels: bool
+    strategy: str | None,
+    case: Case,
+    small_blocks: bool,
+    keeps_kernels: bool,
+    at_once: int | None,
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
+        if strategy == "grouped" and at_once is not None:
+            patch.setattr(functional, "_count_at_once", lambda *_: at_once)
         patch.setattr(functional, "_keeps_kernels", lambda *_: keeps_kernels)
         if small_blocks:
             use_small_blocks(patch)
@@ -223,6 +234,41 @@ def test_the_strategy_follows_from_the_shapes(
     x = torch.empty(1, 1, 1, 1).expand(batch, 256, size, size)
     weight = torch.empty(1, 1, 1, 1, 1).expand(8, 256, 256 // groups, kernel_size, kernel_size)
     assert functional.choose_strategy(x, weight, (size, size), groups) == expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "expected"),
+    [(1, 38, "grouped"), (8, 38, "loop"), (8, 10, "grouped"), (0, 38, "grouped")],
+)
+def test_depthwise_kernels_on_channels_last_maps_are_applied_in_turn(
+    batch: int, size: int, expected: str
+) -> None:
+    x = torch.empty(batch, 64, size, size, memory_format=torch.channels_last)
+    weight = torch.empty(8, 64, 1, 3, 3)
+    assert functional.choose_strategy(x, weight, (size, size), 64) == expected
+    assert functional.choose_strategy(x.contiguous(), weight, (size, size), 64) == "grouped"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "batch", "size", "groups", "expected"),
+    [
+        ("loop", 32, 19, 512, 1),
+        ("grouped", 32, 19, 512, 4),
+        ("grouped", 32, 10, 512, 16),
+        ("grouped", 8, 10, 512, 8),  # all fit
+        ("grouped", 5, 19, 512, 5),
+        ("grouped", 32, 19, 1, 32),
+        ("grouped", 4, 300, 512, 1),  # one is more than is meant to fit
+        ("grouped", 0, 19, 512, 0),
+    ],
+)
+def test_as_many_examples_are_convolved_at_once_as_fit(
+    strategy: Any, batch: int, size: int, groups: int, expected: int
+) -> None:
+    x = torch.empty(1, 1, 1, 1).expand(batch, 512, size, size)
+    weight = torch.empty(1, 1, 1, 1, 1).expand(8, 512, 512 // groups, 3, 3)
+    geometry = functional._Geometry((1, 1), (1, 1), (1, 1), groups)
+    assert functional._count_at_once(x, weight, geometry, strategy) == expected
 
 
 @pytest.mark.parametrize("strategy", [None, *STRATEGIES])

@@ -49,7 +49,8 @@ def make_network(seed: int = 0) -> nn.Sequential:
             share_within=lambda _, module: isinstance(module, InvertedResidual),
         ),
         accelerate_timm(
-            CondConvResidual(16, 16, exp_ratio=2, act_layer=nn.SiLU, num_experts=NUM_EXPERTS)
+            CondConvResidual(16, 16, exp_ratio=2, act_layer=nn.SiLU, num_experts=NUM_EXPERTS),
+            channels_last=False,
         ),
         RoutedCondConv2d(16, 5, 1, num_experts=NUM_EXPERTS),
         nn.AdaptiveAvgPool2d(1),
@@ -217,9 +218,15 @@ def test_autocast(dtype: torch.dtype) -> None:
         actual = gradients(network, lambda: network(images))
     assert y.dtype == dtype
     assert_near(y, network(images), 4 * torch.finfo(dtype).eps)
-    for name, expected in expected_gradients.items():
-        assert actual[name].dtype == torch.float32
-        assert_near(actual[name], expected, 0.2)  # routers' are sums that nearly cancel
+    assert all(gradient.dtype == torch.float32 for gradient in actual.values())
+    routers = [name for name in actual if "router" in name or "routing_fn" in name]
+    for name in actual.keys() - routers:
+        assert_near(actual[name], expected_gradients[name], 0.1)
+    # Some routers' alone are sums that nearly cancel.
+    assert_near(
+        *(torch.cat([g[name].flatten() for name in routers]) for g in (actual, expected_gradients)),
+        0.05,
+    )
 
 
 def test_channels_last_stays_all_the_way() -> None:
