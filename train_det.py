@@ -58,18 +58,17 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
     from detection.build import build, build_model, build_partial
     from detection.checkpoint import save_checkpoint
     from detection.data.coco import check_same_categories
-    from detection.data.dataset import DetectionDataset
     from detection.data.sources import load_split
-    from detection.data.transforms import TrainTransform
     from detection.detector import Detector
     from detection.engine.evaluate import Evaluation, evaluate
+    from detection.engine.inputs import TrainingInputs
     from detection.engine.loggers import Logger, NoLogger
     from detection.engine.optimization import average_weights, build_optimizer
     from detection.engine.processes import join_processes, launcher
     from detection.engine.run_folder import LOGGER, RunFolder, read_json, start_logging
     from detection.engine.settings import TrainerSettings
     from detection.engine.state import TrainState
-    from detection.engine.train import prepare_network, run_training
+    from detection.engine.train import accept_sizes, prepare_network, run_training
     from detection.evaluation.coco import (
         CocoEvaluator,
         fastest_backend,
@@ -117,7 +116,8 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
                 backbone_weights=content["backbone_weights"],
             )
         network = prepare_network(parts.network, settings, processes)
-        transform = TrainTransform(resize=parts.preprocess.resize, **augmentation)
+        inputs = TrainingInputs(train_index, parts.preprocess, seed=content["seed"], **augmentation)
+        accept_sizes(network, inputs.input_sizes)
         optimizer = build_optimizer(content["optimizer"], network)
         state = TrainState(
             network=network,
@@ -186,7 +186,7 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
         stack.callback(logger.close)
         finished = run_training(
             state,
-            dataset=DetectionDataset(train_index, transform, seed=content["seed"], training=True),
+            inputs=inputs,
             preprocess=parts.preprocess.to(processes.device),
             criterion=parts.criterion,
             evaluate=evaluate_network,

@@ -43,15 +43,20 @@ from torchvision.transforms import v2
 from detection.build import ModelParts, build, build_model
 from detection.cli import check_overrides, config_dir, fail, plain, split_data
 from detection.data.coco import CocoIndex
-from detection.data.dataset import DetectionDataset
 from detection.data.sources import load_split
-from detection.data.transforms import TrainTransform
+from detection.engine.inputs import TrainingInputs
 from detection.engine.optimization import average_weights, build_optimizer
 from detection.engine.processes import Processes, choose_device
 from detection.engine.settings import TrainerSettings
 from detection.engine.state import TrainState
 from detection.engine.stop import StopRequest
-from detection.engine.train import make_loader, prepare_network, set_training_mode, take_step
+from detection.engine.train import (
+    accept_sizes,
+    make_loader,
+    prepare_network,
+    set_training_mode,
+    take_step,
+)
 from detection.errors import UserError
 
 # What both sides do; overrides may change it for both.
@@ -122,8 +127,9 @@ def make_ours(setting: Setting) -> tuple[Callable[[], float], Callable[[int], di
     """A step, which gives its loss; and a number of steps, in parts."""
     config, settings, index, parts, processes = setting
     _, augmentation = split_data(config["data"])
-    transform = TrainTransform(resize=parts.preprocess.resize, **augmentation)
     network = prepare_network(parts.network, settings, processes)
+    inputs = TrainingInputs(index, parts.preprocess, seed=0, **augmentation)
+    accept_sizes(network, inputs.input_sizes)
     optimizer = build_optimizer(config["optimizer"], network)
     decay = settings.ema_decay
     state = TrainState(
@@ -134,14 +140,13 @@ def make_ours(setting: Setting) -> tuple[Callable[[], float], Callable[[int], di
         ema=average_weights(network, decay) if decay else None,
     )
     set_training_mode(network, freeze_batch_norm=settings.freeze_batch_norm)
-    dataset = DetectionDataset(index, transform, seed=0, training=True)
-    batches = iter(make_loader(dataset, 0, settings, 0, processes))
+    batches = iter(make_loader(inputs.dataset, 0, settings, 0, processes))
     preprocess = parts.preprocess.to(processes.device)
 
     def step(modules: tuple[nn.Module, ...] = (network, preprocess, parts.criterion)) -> float:
         network, preprocess, criterion = modules
         losses, _ = take_step(
-            *(state, network, [next(batches)], preprocess, criterion),
+            *(state, network, [next(batches)], inputs, preprocess, criterion),
             *(settings, processes, StopRequest()),
         )
         return losses["loss"]
@@ -162,7 +167,8 @@ def make_ours(setting: Setting) -> tuple[Callable[[], float], Callable[[int], di
             batch = next(batches)
             clock.mark("loading")
             take_step(
-                *(state, marked[0], [batch], *marked[1:]), *(settings, processes, StopRequest())
+                *(state, marked[0], [batch], inputs, *marked[1:]),
+                *(settings, processes, StopRequest()),
             )
             clock.mark("average, schedule")
         for hook in hooks:

@@ -43,6 +43,24 @@ def pairwise_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     return intersection.div_(union.clamp_(min=torch.finfo(union.dtype).tiny))
 
 
+def pairwise_coverage(windows: Tensor, boxes: Tensor) -> Tensor:
+    """The share of each box's area that lies inside each window.
+
+    Args:
+        windows: (..., C, 4).
+        boxes: (..., N, 4), leading dimensions broadcast.
+
+    Returns:
+        (..., C, N); 0 for a box without area.
+    """
+    windows, boxes = windows[..., :, None, :], boxes[..., None, :, :]
+    corners_min = torch.maximum(windows[..., :2], boxes[..., :2])
+    corners_max = torch.minimum(windows[..., 2:], boxes[..., 2:])
+    inside = (corners_max - corners_min).clamp(min=0).prod(-1)
+    areas = box_area(boxes)
+    return torch.where(areas > 0, inside / areas, 0.0)
+
+
 def encode_boxes(boxes: Tensor, anchors: Tensor, weights: CodeWeights = CODE_WEIGHTS) -> Tensor:
     """Codes of boxes relative to anchors (Ren et al., 2015).
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,23 @@ class Preprocess(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, S, S) -> float32 (B, 3, S, S)."""
         return (images.float() - self.mean) / self.std
+
+    def at_size(self, input_size: int) -> Self:
+        """The same for another input size."""
+        other = copy.deepcopy(self)
+        other.input_size = input_size
+        return other
+
+    def fit(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Where images come to lie in the input, in its pixels.
+
+        Args:
+            sizes: (B, 2), height and width of each.
+
+        Returns:
+            (B, 2) and (B, 2): their heights and widths there, and their upper left corners (y, x).
+        """
+        return torch.full_like(sizes, self.input_size), torch.zeros_like(sizes)
 
     def resize(
         self, image: tv_tensors.Image, boxes: tv_tensors.BoundingBoxes
@@ -107,7 +125,7 @@ class Letterbox(Preprocess):
 
     def restore(self, boxes: Tensor, sizes: Tensor) -> Tensor:
         """As in `Preprocess`; what reaches into the padding is cut off."""
-        fitted, start = self._fit(sizes)
+        fitted, start = self.fit(sizes)
         scale, start = (
             values.flip(-1).to(boxes.dtype).repeat(1, 2)[:, None]
             for values in (sizes / fitted, start)
@@ -117,12 +135,11 @@ class Letterbox(Preprocess):
 
     def _place(self, size: Sequence[int]) -> tuple[list[int], list[int]]:
         """Of an image (height, width): its size in the input, padding left, top, right, bottom."""
-        fitted, start = (values[0].tolist() for values in self._fit(torch.tensor([list(size)])))
+        fitted, start = (values[0].tolist() for values in self.fit(torch.tensor([list(size)])))
         bottom, right = (self.input_size - s - f for s, f in zip(start, fitted, strict=True))
         return fitted, [start[1], start[0], right, bottom]
 
-    def _fit(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """Of images (B, 2), height and width: their sizes in the input, and where they start."""
+    def fit(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
         longer = sizes.amax(1, keepdim=True)
         # In whole numbers, so that resizing and restoring round alike.
         fitted = ((2 * sizes * self.input_size + longer) // (2 * longer)).clamp(min=1)

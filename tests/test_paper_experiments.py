@@ -89,6 +89,10 @@ def test_recipe(compose_experiment: Callable[..., Any], name: str):
         "vertical_flip": 0.0,
         "photometric": 0.0,
         "zoom_out": 0.0,
+        "mosaic": 0.0,
+        "mixup": 0.0,
+        "multi_scale": None,
+        "on_device": None,
         "max_boxes": 100,
     }
 

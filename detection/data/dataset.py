@@ -18,6 +18,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from detection.data.coco import CocoIndex
+from detection.data.mixing import Mixing
 from detection.data.sampler import derive_seed
 from detection.data.transforms import Example
 from detection.errors import UserError
@@ -35,8 +36,11 @@ class Sample(NamedTuple):
         boxes: (N, 4) float32, xyxy in input pixels.
         labels: (N,) int64, contiguous from 0.
         image_id: the data set's own id.
-        size: (height, width) of the image as the data set states them.
+        size: (height, width) of the image as the data set states them; of several put together,
+            of what they became.
         unreadable: "file: reason" of each image that could not be read on the way.
+        draws: (D,) float32 uniform in [0, 1), the item's randomness for what is done to a batch on
+            the device; None where nothing is.
     """
 
     image: Tensor
@@ -45,6 +49,7 @@ class Sample(NamedTuple):
     image_id: int
     size: tuple[int, int]
     unreadable: tuple[str, ...]
+    draws: Tensor | None = None
 
 
 class Picture(NamedTuple):
@@ -74,6 +79,7 @@ class Batch(NamedTuple):
         image_ids: (B,) int64.
         sizes: (B, 2) int64, height and width of the originals.
         unreadable: those of all samples.
+        draws: (B, D), or None.
     """
 
     images: Tensor
@@ -81,6 +87,7 @@ class Batch(NamedTuple):
     image_ids: Tensor
     sizes: Tensor
     unreadable: tuple[str, ...]
+    draws: Tensor | None = None
 
 
 class DetectionDataset(Dataset[Sample]):
@@ -95,18 +102,29 @@ class DetectionDataset(Dataset[Sample]):
         seed: what the randomness of the transform depends on.
         training: if an image cannot be read, take the next one that can (True), or a black
             image without boxes in its place (False). Either way the sample names it.
+        mixing: puts several images together; None takes each alone.
+        num_draws: D, random numbers that go with each item to the device.
 
     Raises:
         UserError: on access, if no image at all can be read (training), or the folder is gone.
     """
 
     def __init__(
-        self, index: CocoIndex, transform: Transform, *, seed: int, training: bool
+        self,
+        index: CocoIndex,
+        transform: Transform,
+        *,
+        seed: int,
+        training: bool,
+        mixing: Mixing | None = None,
+        num_draws: int = 0,
     ) -> None:
         self.index = index
         self.transform = transform
         self.seed = seed
         self.training = training
+        self.mixing = mixing or Mixing(side=1)
+        self.num_draws = num_draws
 
     def __len__(self) -> int:
         return len(self.index)
@@ -117,15 +135,22 @@ class DetectionDataset(Dataset[Sample]):
             return self._load(i)
 
     def _load(self, i: int) -> Sample:
-        picture = self._read(i)
-        pixels, boxes, labels = self.transform(picture.image, picture.boxes, picture.labels)
+        pictures: list[Picture] = []
+
+        def read(i: int) -> Example:
+            pictures.append(self._read(i))
+            return pictures[-1].image, pictures[-1].boxes, pictures[-1].labels
+
+        pixels, boxes, labels = self.mixing.load(i, len(self), read, self.transform)
+        first = pictures[0].i
         return Sample(
             image=pixels.as_subclass(Tensor),
             boxes=boxes.as_subclass(Tensor),
             labels=labels,
-            image_id=self.index.image_ids[picture.i],
-            size=self.index.sizes[picture.i],
-            unreadable=picture.unreadable,
+            image_id=self.index.image_ids[first],
+            size=self.index.sizes[first] if len(pictures) == 1 else boxes.canvas_size,
+            unreadable=tuple(name for picture in pictures for name in picture.unreadable),
+            draws=torch.rand(self.num_draws) if self.num_draws else None,
         )
 
     def _read(self, first: int) -> Picture:
@@ -185,6 +210,7 @@ def _isolated(seed: int) -> Iterator[None]:
 def collate(samples: list[Sample]) -> Batch:
     """Stacks samples; G is the largest number of boxes, and at least 1."""
     counts = [len(sample.boxes) for sample in samples]
+    draws = [sample.draws for sample in samples if sample.draws is not None]
     num_slots = max(1, *counts)
     targets = Targets(
         boxes=torch.zeros(len(samples), num_slots, 4),
@@ -200,4 +226,5 @@ def collate(samples: list[Sample]) -> Batch:
         image_ids=torch.tensor([sample.image_id for sample in samples]),
         sizes=torch.tensor([sample.size for sample in samples]),
         unreadable=tuple(name for sample in samples for name in sample.unreadable),
+        draws=torch.stack(draws) if draws else None,
     )

@@ -15,12 +15,15 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from detection.boxes import pairwise_coverage
 from detection.errors import UserError
 
 Resize = Callable[
     [tv_tensors.Image, tv_tensors.BoundingBoxes], tuple[tv_tensors.Image, tv_tensors.BoundingBoxes]
 ]
 Example = tuple[tv_tensors.Image, tv_tensors.BoundingBoxes, Tensor]
+# What lies beside a picture on a larger canvas: the mean colour of ImageNet.
+FILL = (123, 117, 104)
 
 
 class RandomObjectCoverageCrop(v2.Transform):
@@ -69,7 +72,7 @@ class RandomObjectCoverageCrop(v2.Transform):
         objects = boxes.as_subclass(Tensor)
         if not len(objects):
             objects = torch.tensor([[0.0, 0.0, width, height]])
-        coverages = _coverage(windows, objects)  # (C, N)
+        coverages = pairwise_coverage(windows, objects)  # (C, N)
         accepted = (coverages >= min_coverage).any(1)
         if not accepted.any():
             return whole
@@ -113,16 +116,7 @@ class RandomObjectCoverageCrop(v2.Transform):
         shifted = inpt.as_subclass(Tensor) - torch.tensor([left, top, left, top])
         clipped = shifted.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
         clipped = torch.where(params["kept"][:, None], clipped, 0.0)
-        return _wrap(clipped, (height, width))
-
-
-def _coverage(windows: Tensor, boxes: Tensor) -> Tensor:
-    """(C, N): the share of each box (N, 4) inside each window (C, 4); 0 for a box without area."""
-    corners_min = torch.maximum(windows[:, None, :2], boxes[None, :, :2])
-    corners_max = torch.minimum(windows[:, None, 2:], boxes[None, :, 2:])
-    inside = (corners_max - corners_min).clamp(min=0).prod(2)
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    return torch.where(areas > 0, inside / areas, 0.0)
+        return wrap_boxes(clipped, (height, width))
 
 
 class TrainTransform:
@@ -182,7 +176,7 @@ class TrainTransform:
             aspect_ratios=(crop_aspect_ratios[0], crop_aspect_ratios[1]),
         )
         steps: list[tuple[float, Resize]] = [
-            (zoom_out, v2.RandomZoomOut(fill=(123, 117, 104), p=zoom_out)),
+            (zoom_out, v2.RandomZoomOut(fill=FILL, p=zoom_out)),
             (float(crop == "ssd"), ssd_crop),
             (1.0, resize),
             (horizontal_flip, v2.RandomHorizontalFlip(horizontal_flip)),
@@ -228,10 +222,11 @@ def _remove_empty(
 ) -> Example:
     plain = boxes.as_subclass(Tensor)
     kept = (plain[:, 2:] > plain[:, :2]).all(1).nonzero()[:max_boxes, 0]
-    return image, _wrap(plain[kept], boxes.canvas_size), labels[kept]
+    return image, wrap_boxes(plain[kept], boxes.canvas_size), labels[kept]
 
 
-def _wrap(boxes_xyxy: Tensor, canvas_size: tuple[int, int]) -> tv_tensors.BoundingBoxes:
+def wrap_boxes(boxes_xyxy: Tensor, canvas_size: tuple[int, int]) -> tv_tensors.BoundingBoxes:
+    """Boxes (N, 4) in an image of (height, width), as torchvision's transforms know them."""
     return tv_tensors.BoundingBoxes(  # pyright: ignore[reportCallIssue]
         boxes_xyxy, format="XYXY", canvas_size=canvas_size
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from detection.data.dataset import Batch, DetectionDataset, collate
 from detection.data.sampler import StepSampler
 from detection.engine.evaluate import Evaluation
+from detection.engine.inputs import TrainingInputs
 from detection.engine.loggers import Logger
 from detection.engine.meter import Meter
 from detection.engine.processes import Processes
@@ -29,6 +30,7 @@ from detection.engine.state import TrainState
 from detection.engine.stop import StopRequest, start_loader
 from detection.errors import UserError
 from detection.evaluation.coco import write_metrics, write_results
+from detection.models.layers import AnchorNetwork
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,7 +38,7 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def run_training(
     state: TrainState,
     *,
-    dataset: DetectionDataset,
+    inputs: TrainingInputs,
     preprocess: nn.Module,
     criterion: nn.Module,
     evaluate: Callable[[nn.Module, Callable[[], bool]], Evaluation | None],
@@ -66,7 +68,7 @@ def run_training(
     Raises:
         UserError: where a loss is not finite; last.pt is still that of the last good step.
     """
-    batches = start_loader(make_loader(dataset, state.step, settings, seed, processes))
+    batches = start_loader(make_loader(inputs.dataset, state.step, settings, seed, processes))
     network = distribute(state.network, processes)
     set_training_mode(state.network, freeze_batch_norm=settings.freeze_batch_norm)
     meter = Meter(settings)
@@ -88,7 +90,7 @@ def run_training(
                 learning_rate = state.schedule.get_last_lr()[0]
                 step_batches = list(islice(batches, settings.num_micro_batches))
                 losses, stop = take_step(
-                    *(state, network, step_batches, preprocess, criterion),
+                    *(state, network, step_batches, inputs, preprocess, criterion),
                     *(settings, processes, request),
                 )
                 state.step += 1
@@ -144,6 +146,7 @@ def take_step(
     state: TrainState,
     network: nn.Module,
     batches: list[Batch],
+    inputs: TrainingInputs,
     preprocess: nn.Module,
     criterion: nn.Module,
     settings: TrainerSettings,
@@ -165,7 +168,8 @@ def take_step(
     totals: Tensor | float = 0.0
     state.optimizer.zero_grad(set_to_none=True)
     for number, batch in enumerate(batches, start=1):
-        images = preprocess(batch.images.to(device, non_blocking=True))
+        images, targets = inputs.to_device(batch, state.step, device)
+        images = preprocess(images)
         if settings.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         is_last = number == len(batches)
@@ -173,7 +177,7 @@ def take_step(
         with network.no_sync() if waits else nullcontext():  # pyright: ignore
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 predictions = network(images)
-            losses = criterion(predictions, batch.targets.to(device, non_blocking=True))
+            losses = criterion(predictions, targets)
             state.scaler.scale(losses.total).backward()
         names = list(losses.sums)
         totals = totals + torch.stack([*losses.sums.values(), losses.num_matches]).detach()
@@ -246,6 +250,19 @@ def prepare_network(
     if settings.channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return network.to(processes.device)
+
+
+def accept_sizes(network: nn.Module, input_sizes: Sequence[int]) -> None:
+    """Have a network take all input sizes that a step may have.
+
+    Raises:
+        UserError: where it cannot.
+    """
+    assert isinstance(network, AnchorNetwork)
+    try:
+        network.take_sizes(input_sizes)
+    except ValueError as error:
+        raise UserError(f"augmentation.multi_scale: {error}; give other sizes, or null") from error
 
 
 def distribute(network: nn.Module, processes: Processes) -> nn.Module:

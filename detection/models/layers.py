@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -147,12 +147,71 @@ def join_levels(levels: Sequence[Tensor], size: int) -> Tensor:
     )
 
 
-def check_input(images: Tensor, input_size: int) -> None:
-    """Raise a ValueError where images (B, 3, H, W) have not the size of a network's input."""
-    if images.shape[-2:] != (input_size, input_size):
+class AnchorLayout(NamedTuple):
+    """The anchors of an input size.
+
+    Args:
+        anchors: (A, 4) float32, xyxy in input pixels.
+        level_sizes: anchors of each level.
+    """
+
+    anchors: Tensor
+    level_sizes: tuple[int, ...]
+
+
+class AnchorNetwork(nn.Module):
+    """A network of square inputs, whose anchors lie on the grids of its feature maps.
+
+    It takes inputs of `input_size`; of others after `take_sizes`.
+    """
+
+    input_size: int
+    anchors: Tensor
+    level_sizes: tuple[int, ...]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other_layouts: dict[int, AnchorLayout] = {}
+
+    def extract_levels(self, images: Tensor) -> Sequence[Tensor]:
+        """images (B, 3, S, S) -> the feature map of each level, finest first."""
+        raise NotImplementedError
+
+    def lay_anchors(self, grids: Sequence[tuple[int, int]], input_size: int) -> AnchorLayout:
+        """The anchors that the network would have were it built for `input_size`.
+
+        Args:
+            grids: (rows, columns) of each level's map.
+        """
+        raise NotImplementedError
+
+    def take_sizes(self, input_sizes: Sequence[int]) -> None:
+        """Take square inputs of these sides too, each with the anchors of a network built for it.
+
+        Raises:
+            ValueError: where the backbone cannot take one.
+        """
+        for size in {*input_sizes} - {self.input_size}:
+            grids = [(rows, columns) for _, rows, columns in trace_levels(self, size)]
+            anchors, level_sizes = self.lay_anchors(grids, size)
+            # No buffers: DistributedDataParallel would send them all at each step.
+            anchors = anchors.to(self.anchors.device)
+            self.other_layouts[size] = AnchorLayout(anchors, level_sizes)
+
+    def find_anchors(self, images: Tensor) -> AnchorLayout:
+        """The anchors for images (B, 3, H, W).
+
+        Raises:
+            ValueError: where they have no size that the network takes.
+        """
+        height, width = images.shape[-2:]
+        if (height, width) == (self.input_size, self.input_size):
+            return AnchorLayout(self.anchors, self.level_sizes)
+        if height == width and width in self.other_layouts:
+            return self.other_layouts[width]
         raise ValueError(
-            f"the network takes {input_size} x {input_size} images, "
-            f"got {images.shape[-2]} x {images.shape[-1]}"
+            f"the network takes {self.input_size} x {self.input_size} images, "
+            f"got {height} x {width}"
         )
 
 

@@ -16,9 +16,10 @@ from detection.anchors import grid_anchors, retinanet_anchor_sizes
 from detection.boxes import CodeWeights
 from detection.models.backbones import Backbone
 from detection.models.layers import (
+    AnchorLayout,
+    AnchorNetwork,
     ConvBlock,
     Norm,
-    check_input,
     join_levels,
     reset_conv,
     trace_levels,
@@ -28,7 +29,7 @@ from detection.structures import RawPredictions
 PRIOR_PROBABILITY = 0.01
 
 
-class RetinaNet(nn.Module):
+class RetinaNet(AnchorNetwork):
     """Backbone, pyramid and head.
 
     Args:
@@ -45,7 +46,6 @@ class RetinaNet(nn.Module):
     """
 
     num_background = 0
-    anchors: Tensor
 
     def __init__(
         self,
@@ -64,25 +64,17 @@ class RetinaNet(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.input_size = input_size
+        self.anchor_scale = anchor_scale
+        self.num_anchor_scales = num_anchor_scales
+        self.anchor_ratios = anchor_ratios
+        self.torchvision_anchors = torchvision_anchors
         self.code_weights = code_weights
         self.backbone = backbone
         self.pyramid = pyramid(backbone.channels)
         grids = [(rows, columns) for _, rows, columns in trace_levels(self, input_size)]
-        strides = list(backbone.strides)
-        while len(strides) < len(grids):
-            strides.append(strides[-1] * 2)
-        sizes = retinanet_anchor_sizes(
-            strides,
-            input_size=input_size,
-            scale=anchor_scale,
-            num_scales=num_anchor_scales,
-            ratios=anchor_ratios,
-            whole_pixels=torchvision_anchors,
-        )
-        anchors = grid_anchors(sizes, grids, input_size, centered=not torchvision_anchors)
+        anchors, self.level_sizes = self.lay_anchors(grids, input_size)
         self.register_buffer("anchors", anchors, persistent=False)
-        num_anchors = len(sizes[0])
-        self.level_sizes = tuple(rows * columns * num_anchors for rows, columns in grids)
+        num_anchors = num_anchor_scales * len(anchor_ratios)
         self.head = head(self.pyramid.channels, num_anchors, num_classes, len(grids))
 
     @property
@@ -92,15 +84,32 @@ class RetinaNet(nn.Module):
 
     def forward(self, images: Tensor) -> RawPredictions:
         """images (B, 3, S, S), normalised -> deltas (B, A, 4), logits (B, A, K)."""
-        check_input(images, self.input_size)
+        anchors, level_sizes = self.find_anchors(images)
         deltas, logits = self.head(self.extract_levels(images))
         return RawPredictions(
             deltas,
             logits,
-            self.anchors,
+            anchors,
             num_background=self.num_background,
             code_weights=self.code_weights,
-            level_sizes=self.level_sizes,
+            level_sizes=level_sizes,
+        )
+
+    def lay_anchors(self, grids: Sequence[tuple[int, int]], input_size: int) -> AnchorLayout:
+        strides = list(self.backbone.strides)
+        while len(strides) < len(grids):
+            strides.append(strides[-1] * 2)
+        sizes = retinanet_anchor_sizes(
+            strides,
+            input_size=input_size,
+            scale=self.anchor_scale,
+            num_scales=self.num_anchor_scales,
+            ratios=self.anchor_ratios,
+            whole_pixels=self.torchvision_anchors,
+        )
+        return AnchorLayout(
+            grid_anchors(sizes, grids, input_size, centered=not self.torchvision_anchors),
+            tuple(rows * columns * len(sizes[0]) for rows, columns in grids),
         )
 
     def extract_levels(self, images: Tensor) -> list[Tensor]:

@@ -14,11 +14,18 @@ from condconv import RoutedCondConv2d
 from condconv.backbones.mobilenet_v1 import ConvNormAct, RoutedBlock, scale_channels
 from detection.anchors import grid_anchors, ssd_anchor_sizes
 from detection.models.backbones import Backbone, MobileNetV1
-from detection.models.layers import check_input, join_levels, make_conv, reset_conv, trace_levels
+from detection.models.layers import (
+    AnchorLayout,
+    AnchorNetwork,
+    join_levels,
+    make_conv,
+    reset_conv,
+    trace_levels,
+)
 from detection.structures import RawPredictions
 
 
-class SSD(nn.Module):
+class SSD(AnchorNetwork):
     """Backbone, extra feature layers, and one box and one class predictor a level.
 
     Args:
@@ -34,7 +41,6 @@ class SSD(nn.Module):
     """
 
     num_background = 1
-    anchors: Tensor
 
     def __init__(
         self,
@@ -54,7 +60,7 @@ class SSD(nn.Module):
         self.backbone = backbone
         self.extras = nn.ModuleList(extras(backbone.channels[-1]))
         levels = trace_levels(self, input_size)
-        sizes = ssd_anchor_sizes(
+        self.anchor_sizes = ssd_anchor_sizes(
             len(levels),
             min_scale=min_scale,
             max_scale=max_scale,
@@ -62,7 +68,7 @@ class SSD(nn.Module):
         )
         self.box_predictors = nn.ModuleList()
         self.class_predictors = nn.ModuleList()
-        for (channels, _, _), own in zip(levels, sizes, strict=True):
+        for (channels, _, _), own in zip(levels, self.anchor_sizes, strict=True):
             self.box_predictors.append(head(channels, len(own) * 4))
             self.class_predictors.append(head(channels, len(own) * (1 + num_classes)))
         # Classes start at a probability of 0.01 (Lin et al., 2017), boxes near their anchors.
@@ -70,10 +76,8 @@ class SSD(nn.Module):
             for predictor in predictors:
                 reset_conv(predictor.get_submodule(_last_layer(predictor)), std=0.01, bias=bias)
         grids = [(rows, columns) for _, rows, columns in levels]
-        self.register_buffer("anchors", grid_anchors(sizes, grids, input_size), persistent=False)
-        self.level_sizes = tuple(
-            rows * columns * len(own) for (rows, columns), own in zip(grids, sizes, strict=True)
-        )
+        anchors, self.level_sizes = self.lay_anchors(grids, input_size)
+        self.register_buffer("anchors", anchors, persistent=False)
 
     @property
     def class_layers(self) -> list[str]:
@@ -85,16 +89,25 @@ class SSD(nn.Module):
 
     def forward(self, images: Tensor) -> RawPredictions:
         """images (B, 3, S, S), normalised -> deltas (B, A, 4), logits (B, A, 1 + K)."""
-        check_input(images, self.input_size)
+        anchors, level_sizes = self.find_anchors(images)
         levels = self.extract_levels(images)
         deltas = [predict(x) for predict, x in zip(self.box_predictors, levels, strict=True)]
         logits = [predict(x) for predict, x in zip(self.class_predictors, levels, strict=True)]
         return RawPredictions(
             join_levels(deltas, 4),
             join_levels(logits, 1 + self.num_classes),
-            self.anchors,
+            anchors,
             num_background=self.num_background,
-            level_sizes=self.level_sizes,
+            level_sizes=level_sizes,
+        )
+
+    def lay_anchors(self, grids: Sequence[tuple[int, int]], input_size: int) -> AnchorLayout:
+        return AnchorLayout(
+            grid_anchors(self.anchor_sizes, grids, input_size),
+            tuple(
+                rows * columns * len(own)
+                for (rows, columns), own in zip(grids, self.anchor_sizes, strict=True)
+            ),
         )
 
     def extract_levels(self, images: Tensor) -> list[Tensor]:

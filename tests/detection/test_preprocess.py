@@ -145,6 +145,18 @@ def test_letterbox_moves_boxes_with_the_picture(centered: bool) -> None:
     assert boxes[0].tolist() == [side.item() for side in found]
 
 
+@pytest.mark.parametrize("preprocess", [Preprocess, Letterbox])
+def test_another_size(preprocess: type[Preprocess]) -> None:
+    first, other = preprocess(input_size=30), preprocess(input_size=45)
+    changed = first.at_size(45)
+    sizes = torch.tensor([[20, 40], [50, 10], [7, 7]])
+    for ours, expected in zip(changed.fit(sizes), other.fit(sizes), strict=True):
+        assert ours.equal(expected)
+    image = torch.randint(0, 256, (3, 20, 40), dtype=torch.uint8)
+    assert changed.resize_image(image).equal(other.resize_image(image))
+    assert first.input_size == 30 and first.resize_image(image).shape == (3, 30, 30)
+
+
 def test_letterbox_without_boxes() -> None:
     image, boxes = Letterbox(input_size=8).resize(make_gradient(7, 5), make_boxes([], 7, 5))
     assert image.shape == (3, 8, 8) and boxes.shape == (0, 4)

@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 from detection.data.coco import CocoIndex
 from detection.data.dataset import DetectionDataset, Sample, collate
+from detection.data.mixing import Mixing
 from detection.data.sampler import StepSampler
 from detection.data.transforms import EvalTransform, TrainTransform
 from detection.errors import UserError
@@ -20,6 +21,7 @@ from detection.errors import UserError
 # pyright: reportArgumentType=false
 REAL_DATA = Path(__file__).parents[4] / "shared" / "data"
 SIZE = 24
+MIXED = {"mixing": Mixing(side=SIZE, mosaic=0.5, mixup=0.5), "num_draws": 4}
 
 
 def resize(image: Any, boxes: Any) -> Any:
@@ -48,13 +50,15 @@ def make_index(folder: Path, num_images: int = 6) -> CocoIndex:
     return CocoIndex.load(images=folder, annotations=folder / "instances.json")
 
 
-def make_dataset(index: CocoIndex, *, seed: int = 0, training: bool = True) -> DetectionDataset:
+def make_dataset(
+    index: CocoIndex, *, seed: int = 0, training: bool = True, **options: Any
+) -> DetectionDataset:
     transform = (
         TrainTransform(resize=resize, vertical_flip=0.5, photometric=0.5, zoom_out=0.3)
         if training
         else EvalTransform(resize=resize)
     )
-    return DetectionDataset(index, transform, seed=seed, training=training)
+    return DetectionDataset(index, transform, seed=seed, training=training, **options)
 
 
 def truncate(path: Path) -> None:
@@ -63,7 +67,9 @@ def truncate(path: Path) -> None:
 
 def equal(first: Sample, second: Sample) -> bool:
     tensors = zip(first[:3], second[:3], strict=True)
-    return all(a.equal(b) for a, b in tensors) and first[3:] == second[3:]
+    draws = (torch.empty(0) if sample.draws is None else sample.draws for sample in (first, second))
+    rest = first[3:6] == second[3:6]
+    return rest and torch.equal(*draws) and all(a.equal(b) for a, b in tensors)
 
 
 def test_evaluation_item(tmp_path: Path):
@@ -77,9 +83,10 @@ def test_evaluation_item(tmp_path: Path):
     assert (sample.image_id, sample.size, sample.unreadable) == (12, (30, 40), ())
 
 
-def test_items_depend_on_seed_epoch_and_index_only(tmp_path: Path):
+@pytest.mark.parametrize("options", [{}, MIXED], ids=["alone", "mixed"])
+def test_items_depend_on_seed_epoch_and_index_only(tmp_path: Path, options: dict[str, Any]):
     index = make_index(tmp_path)
-    dataset = make_dataset(index)
+    dataset = make_dataset(index, **options)
     keys = [(epoch, i) for epoch in range(3) for i in range(6)]
     forwards = {key: dataset[key] for key in keys}
     torch.manual_seed(123)
@@ -97,8 +104,9 @@ def test_items_leave_the_generator_and_threads_alone(tmp_path: Path):
     assert torch.get_rng_state().equal(before) and torch.get_num_threads() == threads
 
 
-def test_workers_give_the_same_batches(tmp_path: Path):
-    dataset = make_dataset(make_index(tmp_path))
+@pytest.mark.parametrize("options", [{}, MIXED], ids=["alone", "mixed"])
+def test_workers_give_the_same_batches(tmp_path: Path, options: dict[str, Any]):
+    dataset = make_dataset(make_index(tmp_path), **options)
     truncate(tmp_path / "4.jpg")
 
     def load(num_workers: int) -> list[Any]:
@@ -107,11 +115,13 @@ def test_workers_give_the_same_batches(tmp_path: Path):
             DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers)
         )
 
-    for alone, helped in zip(load(0), load(2), strict=True):
+    for alone, helped in zip([*load(0)] * 2, [*load(1), *load(2)], strict=True):
         assert alone.images.equal(helped.images)
         assert all(a.equal(b) for a, b in zip(alone.targets, helped.targets, strict=True))
         assert alone.image_ids.equal(helped.image_ids)
         assert alone.unreadable == helped.unreadable
+        assert (alone.draws is None) == (helped.draws is None) == (not options)
+        assert alone.draws is None or alone.draws.equal(helped.draws)
 
 
 def test_unreadable_image_in_training_is_replaced_by_the_next(tmp_path: Path):
@@ -124,6 +134,35 @@ def test_unreadable_image_in_training_is_replaced_by_the_next(tmp_path: Path):
     assert first == "4.jpg: it is not an image"
     assert second.startswith("5.jpg: ") and "truncated" in second
     assert equal(sample, dataset[0, 4])
+
+
+def test_every_unreadable_image_of_a_mosaic_is_named(tmp_path: Path):
+    index = make_index(tmp_path)
+    dataset = make_dataset(index, mixing=Mixing(side=SIZE, mosaic=1.0))
+    (tmp_path / "4.jpg").write_bytes(b"no image")
+    seen = []
+    for epoch in range(10):
+        sample = dataset[epoch, 3]
+        assert sample.image_id == 13 and {*sample.unreadable} <= {"4.jpg: it is not an image"}
+        seen.append(len(sample.unreadable))
+    assert 0 < seen.count(0) < 10
+    assert dataset[0, 4].image_id == 15
+
+
+def test_a_mixed_item_has_the_size_that_it_became(tmp_path: Path):
+    index = make_index(tmp_path)
+    assert make_dataset(index)[0, 3].size == (30, 40)
+    for options in ({"mosaic": 1.0}, {"mixup": 1.0}):
+        dataset = make_dataset(index, mixing=Mixing(side=SIZE, **options))
+        assert dataset[0, 3].size == (SIZE, SIZE)
+
+
+def test_each_item_has_its_draws(tmp_path: Path):
+    dataset = make_dataset(make_index(tmp_path), num_draws=5)
+    batch = collate([dataset[0, 1], dataset[0, 2], dataset[1, 1]])
+    assert batch.draws is not None and batch.draws.shape == (3, 5)
+    assert len(batch.draws.unique()) == 15
+    assert make_dataset(dataset.index)[0, 1].draws is None
 
 
 def test_unreadable_image_in_evaluation_is_named(tmp_path: Path):

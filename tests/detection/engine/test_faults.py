@@ -58,6 +58,15 @@ def run_train_det(
         train_det.main()
 
 
+ON_DEVICE = [
+    "data.augmentation.mosaic=0.5",
+    "data.augmentation.mixup=0.5",
+    "data.augmentation.photometric=0.5",
+    "data.augmentation.multi_scale=[48,80,16]",
+    "data.augmentation.on_device=1.5",
+]
+
+
 class Run:
     """A training in processes of its own.
 
@@ -317,11 +326,13 @@ def read_environment(pid: int) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
+@pytest.mark.parametrize("options", [[], ON_DEVICE], ids=["plain", "on the device"])
 def test_two_processes_give_the_losses_of_one_also_after_a_fall_back(
-    start: Callable[..., Run], run: Callable[..., Path]
+    start: Callable[..., Run], run: Callable[..., Path], options: list[str]
 ):
     """At the same whole batch, batch norm in inference mode; five images to evaluate, for two."""
     common = ["trainer.freeze_batch_norm=true", "trainer.checkpoint_every=1", "schedule.steps=8"]
+    common += options
     one = run(*common, "trainer.steps=8", "trainer.evaluate_every=6", name="one")
     common += ["trainer.evaluate_every=6", "logger=tensorboard"]
     stopped = start(*common, "trainer.steps=6", name="two", num_processes=2)

@@ -16,6 +16,7 @@ from detection.build import ModelParts, build_model
 from detection.checkpoint import save_checkpoint
 from detection.cli import config_dir, plain
 from detection.detector import Detector
+from detection.models.layers import AnchorNetwork
 from detection.structures import Category, ImageDetections, Targets
 
 MODELS = sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
@@ -119,6 +120,31 @@ def test_model(
         Detector.from_checkpoint(path).predict(pictures), together, strict=True
     ):
         assert_same(ours, expected, tolerance=0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_another_size_is_that_of_a_network_built_for_it(
+    compose_config: Callable[..., Any], model: str
+) -> None:
+    backbone = "resnet50" if model == "retinanet" else None
+    config = compose_model(compose_config, f"model={model}", backbone=backbone)
+    torch.manual_seed(0)
+    network = build_model(config, len(CATEGORIES)).network.eval()
+    assert isinstance(network, AnchorNetwork)
+    network.take_sizes([64, 80, 160])
+    for size in (80, 160, 64):
+        built = build_model({**config, "input_size": size}, len(CATEGORIES)).network.eval()
+        built.load_state_dict(network.state_dict())
+        images = torch.randn(2, 3, size, size)
+        with torch.no_grad():
+            ours, expected = network(images), built(images)
+        for field, other in zip(ours[:3], expected[:3], strict=True):
+            assert field.equal(other)
+        assert ours[3:] == expected[3:]
+        assert sum(ours.level_sizes) == len(ours.anchors) == ours.deltas.shape[1]
+    for shape in ((96, 96), (80, 160)):
+        with pytest.raises(ValueError, match="takes 64 x 64 images"):
+            network(torch.zeros(1, 3, *shape))
 
 
 @pytest.mark.parametrize("detector", ["ssd300_mobilenet_v1", "retinanet"])
