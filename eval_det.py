@@ -75,7 +75,9 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
     source, _ = split_data(find_data(content, first))
 
     with join_processes(content["device"]) as processes:
-        index = load_split(find_split(build(source), content["split"]))
+        index = processes.first_then_others(
+            lambda: load_split(find_split(build(source), content["split"]))
+        )
         name = paths[0].name if paths[0].suffix == ".onnx" else paths[0].stem
         output = Path(content["output"] or paths[0].with_name(f"{name}-{content['split']}"))
         start_logging(console, None, is_main=processes.is_main)

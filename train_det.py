@@ -57,7 +57,8 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
     from condconv import count_parameters
     from detection.build import build, build_model, build_partial
     from detection.checkpoint import save_checkpoint
-    from detection.data.coco import check_same_categories
+    from detection.data.coco import CocoIndex, check_same_categories
+    from detection.data.dataset import find_shorter_side
     from detection.data.sources import load_split
     from detection.detector import Detector
     from detection.engine.evaluate import Evaluation, evaluate
@@ -68,7 +69,12 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
     from detection.engine.run_folder import LOGGER, RunFolder, read_json, start_logging
     from detection.engine.settings import TrainerSettings
     from detection.engine.state import TrainState
-    from detection.engine.train import accept_sizes, prepare_network, run_training
+    from detection.engine.train import (
+        accept_sizes,
+        open_image_cache,
+        prepare_network,
+        run_training,
+    )
     from detection.evaluation.coco import (
         CocoEvaluator,
         fastest_backend,
@@ -100,8 +106,12 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
                 stack.enter_context(folder.lock())
             checkpoint = folder.load_newest(processes)
         source, augmentation = split_data(content["data"])
-        splits = build(source)
-        train_index, val_index = load_split(splits.train), load_split(splits.val)
+
+        def load_splits() -> tuple[CocoIndex, CocoIndex]:
+            splits = build(source)
+            return load_split(splits.train), load_split(splits.val)
+
+        train_index, val_index = processes.first_then_others(load_splits)
         check_same_categories(train_index, val_index)
         categories = train_index.categories
 
@@ -116,7 +126,19 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
                 backbone_weights=content["backbone_weights"],
             )
         network = prepare_network(parts.network, settings, processes)
-        inputs = TrainingInputs(train_index, parts.preprocess, seed=content["seed"], **augmentation)
+        # A run of before this key was there can be resumed.
+        shorter_side = find_shorter_side(content["data"].get("shrink"), parts.preprocess.input_size)
+        cache = stack.enter_context(
+            open_image_cache(train_index, shorter_side, settings, processes)
+        )
+        inputs = TrainingInputs(
+            train_index,
+            parts.preprocess,
+            seed=content["seed"],
+            shorter_side=shorter_side,
+            cache=cache,
+            **augmentation,
+        )
         accept_sizes(network, inputs.input_sizes)
         optimizer = build_optimizer(content["optimizer"], network)
         state = TrainState(
@@ -150,7 +172,7 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
             LOGGER.info(line)
         ground_truth = val_index.ground_truth()
         evaluator = CocoEvaluator(ground_truth, backend=fastest_backend())
-        # A run of before this key was there can be resumed.
+        # As with data.shrink.
         backend = content["evaluation"].get("backend", "pycocotools")
         final_evaluator = CocoEvaluator(ground_truth, backend=backend)
         pictures = {

@@ -43,6 +43,7 @@ from torchvision.transforms import v2
 from detection.build import ModelParts, build, build_model
 from detection.cli import check_overrides, config_dir, fail, plain, split_data
 from detection.data.coco import CocoIndex
+from detection.data.dataset import find_shorter_side
 from detection.data.sources import load_split
 from detection.engine.inputs import TrainingInputs
 from detection.engine.optimization import average_weights, build_optimizer
@@ -128,7 +129,10 @@ def make_ours(setting: Setting) -> tuple[Callable[[], float], Callable[[int], di
     config, settings, index, parts, processes = setting
     _, augmentation = split_data(config["data"])
     network = prepare_network(parts.network, settings, processes)
-    inputs = TrainingInputs(index, parts.preprocess, seed=0, **augmentation)
+    shorter_side = find_shorter_side(config["data"]["shrink"], parts.preprocess.input_size)
+    inputs = TrainingInputs(
+        index, parts.preprocess, seed=0, shorter_side=shorter_side, **augmentation
+    )
     accept_sizes(network, inputs.input_sizes)
     optimizer = build_optimizer(config["optimizer"], network)
     decay = settings.ema_decay

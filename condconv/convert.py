@@ -311,8 +311,8 @@ def _trace(block: SharedRouting, layers: Set[nn.Module]) -> dict[bool, fx.Graph]
     }
     modes = {child: child.training for child in opened}
     graphs = {}
-    modules = block._modules
-    if isinstance(block, nn.Sequential):  # it calls all that it holds; the router is none of its own
+    modules: Any = block._modules
+    if isinstance(block, nn.Sequential):  # it calls all that it holds, and would call its router
         block._modules = {name: child for name, child in modules.items() if name != "router"}
     try:
         for training in (True, False):

@@ -178,7 +178,7 @@ def job_number() -> int | None:
 
 def split_data(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The `data` section as (the source's config, the augmentation's)."""
-    source = {key: value for key, value in config.items() if key != "augmentation"}
+    source = {key: value for key, value in config.items() if key not in ("augmentation", "shrink")}
     return source, config["augmentation"]
 
 

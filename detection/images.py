@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from detection.errors import UserError
 
 PICTURE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 ImageLike = str | Path | Image.Image | np.ndarray
+# EXIF orientations that turn a picture by a quarter.
+_SIDEWAYS = (5, 6, 7, 8)
 
 
 class UnreadableImage(Exception):
@@ -55,11 +57,18 @@ def load_image(path: str | Path) -> Image.Image:
     return _read(path, ImageOps.exif_transpose)
 
 
-def load_annotated_image(path: str | Path, size: tuple[int, int]) -> Image.Image:
+def load_annotated_image(
+    path: str | Path, size: tuple[int, int], *, least_side: int | None = None
+) -> Image.Image:
     """The picture that annotations of this (height, width) describe, RGB.
 
     Annotation tools disagree about EXIF orientation: the picture is turned only where that gives
     the stated size and leaving it does not.
+
+    Args:
+        least_side: where given, a JPEG is decoded at the half, a quarter or an eighth of its size
+            as long as its shorter side stays at least so long, which is quicker; sides are rounded
+            up.
 
     Raises:
         UnreadableImage: with the reason, if the file is broken.
@@ -68,16 +77,29 @@ def load_annotated_image(path: str | Path, size: tuple[int, int]) -> Image.Image
     height, width = size
 
     def turn(image: Image.Image) -> Image.Image:
-        stored = image.size
-        if stored != (width, height):
-            image = ImageOps.exif_transpose(image)
-        if image.size != (width, height):
+        turns = image.size != (width, height)
+        if turns and not (
+            image.size == (height, width)
+            and image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+        ):
             raise MismatchedSize(
-                f"it is {stored[0]} x {stored[1]}, the annotations say {width} x {height}"
+                f"it is {image.width} x {image.height}, the annotations say {width} x {height}"
             )
-        return image
+        if least_side is not None and min(size) >= 2 * least_side:
+            scale = max(scale for scale in (2, 4, 8) if min(size) >= scale * least_side)
+            image.draft(None, (image.width // scale, image.height // scale))
+        return ImageOps.exif_transpose(image) if turns else image
 
     return _read(path, turn)
+
+
+def shrink_size(size: tuple[int, int], shorter_side: int | None) -> tuple[int, int]:
+    """(height, width) of a picture whose shorter side is shrunk to this where it is longer."""
+    shorter = min(size)
+    if shorter_side is None or shorter <= shorter_side:
+        return size
+    height, width = ((2 * side * shorter_side + shorter) // (2 * shorter) for side in size)
+    return height, width
 
 
 def _read(path: str | Path, turn: Callable[[Image.Image], Image.Image]) -> Image.Image:

@@ -83,6 +83,43 @@ def test_workers_change_nothing(run: Callable[..., Path]):
         assert_equal_weights(alone, folder)
 
 
+def test_a_cache_of_images_changes_nothing(run: Callable[..., Path], tmp_path: Path):
+    """Neither empty nor full, nor with workers, nor when a run goes on with another."""
+    common = ("data.shrink=1", "data.augmentation.photometric=0.5", "schedule.steps=7")
+    ram = ("trainer.image_cache=ram", "trainer.num_workers=2")
+    disk = ("trainer.image_cache=disk", f"trainer.image_cache_folder={tmp_path / 'kept'}")
+    whole = run(*common, "trainer.steps=7", name="whole")  # 10 images, 4 a step
+    for name, cached in (("ram", ram), ("disk", disk)):
+        assert_equal_weights(whole, run(*common, *cached, "trainer.steps=7", name=name))
+    run(*common, *disk, "trainer.steps=4", name="parts")
+    other = (*ram, "trainer.image_cache_folder=null")
+    parts = run("resume=true", *other, "trainer.steps=7", name="parts")
+    assert_equal_weights(whole, parts)
+
+
+def test_shrunk_images_are_others(run: Callable[..., Path]):
+    weights = [
+        load_weights(run("trainer.steps=1", f"data.shrink={shrink}", name=shrink))
+        for shrink in ("null", "2", "0.5")
+    ]
+    whole, large, small = (next(iter(own.values())) for own in weights)
+    assert whole.equal(large) and not whole.equal(small)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("data.shrink=0", "data.shrink=0: give how many times"),
+        ("trainer.image_cache=memory", "trainer.image_cache=memory: give ram, disk or null"),
+        ("trainer.image_cache_folder=x", "trainer.image_cache_folder is for"),
+    ],
+)
+def test_wrong_reading(run: Callable[..., Path], tmp_path: Path, override: str, line: str):
+    with pytest.raises(UserError, match=line):
+        run("trainer.steps=1", override)
+    assert not (tmp_path / "run").exists()
+
+
 def test_micro_batches_change_nothing_but_rounding(run: Callable[..., Path]):
     """With batch norm in inference mode a step is the same however its batch is cut."""
     common = ("trainer.steps=3", "trainer.freeze_batch_norm=true")

@@ -5,24 +5,25 @@ Shapes: B images, S input size, N boxes of an image, G box slots of a batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from detection.data.coco import CocoIndex
+from detection.data.image_cache import ImageCache
 from detection.data.mixing import Mixing
 from detection.data.sampler import derive_seed
 from detection.data.transforms import Example
 from detection.errors import UserError
-from detection.images import UnreadableImage, load_annotated_image
+from detection.images import UnreadableImage, load_annotated_image, shrink_size
 from detection.structures import Targets
 
 Transform = Callable[[tv_tensors.Image, tv_tensors.BoundingBoxes, Tensor], Example]
@@ -36,8 +37,8 @@ class Sample(NamedTuple):
         boxes: (N, 4) float32, xyxy in input pixels.
         labels: (N,) int64, contiguous from 0.
         image_id: the data set's own id.
-        size: (height, width) of the image as the data set states them; of several put together,
-            of what they became.
+        size: (height, width) of the image as it was read: what the data set states, or shrunk; of
+            several put together, of what they became.
         unreadable: "file: reason" of each image that could not be read on the way.
         draws: (D,) float32 uniform in [0, 1), the item's randomness for what is done to a batch on
             the device; None where nothing is.
@@ -104,6 +105,8 @@ class DetectionDataset(Dataset[Sample]):
             image without boxes in its place (False). Either way the sample names it.
         mixing: puts several images together; None takes each alone.
         num_draws: D, random numbers that go with each item to the device.
+        shorter_side: images are read at the size that `shrink_size` gives for it.
+        cache: of the index at this `shorter_side`; changes nothing but the time.
 
     Raises:
         UserError: on access, if no image at all can be read (training), or the folder is gone.
@@ -118,6 +121,8 @@ class DetectionDataset(Dataset[Sample]):
         training: bool,
         mixing: Mixing | None = None,
         num_draws: int = 0,
+        shorter_side: int | None = None,
+        cache: ImageCache | None = None,
     ) -> None:
         self.index = index
         self.transform = transform
@@ -125,6 +130,8 @@ class DetectionDataset(Dataset[Sample]):
         self.training = training
         self.mixing = mixing or Mixing(side=1)
         self.num_draws = num_draws
+        self.shorter_side = shorter_side
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.index)
@@ -148,7 +155,7 @@ class DetectionDataset(Dataset[Sample]):
             boxes=boxes.as_subclass(Tensor),
             labels=labels,
             image_id=self.index.image_ids[first],
-            size=self.index.sizes[first] if len(pictures) == 1 else boxes.canvas_size,
+            size=(pictures[0].boxes if len(pictures) == 1 else boxes).canvas_size,
             unreadable=tuple(name for picture in pictures for name in picture.unreadable),
             draws=torch.rand(self.num_draws) if self.num_draws else None,
         )
@@ -157,19 +164,24 @@ class DetectionDataset(Dataset[Sample]):
         unreadable: list[str] = []
         for shift in range(len(self)):
             i = (first + shift) % len(self)
-            size, boxes, labels = self.index.sizes[i], self.index.boxes(i), self.index.labels(i)
+            boxes, labels = self.index.boxes(i), self.index.labels(i)
+            stated, size = self.index.sizes[i], shrink_size(self.index.sizes[i], self.shorter_side)
             file_name = self.index.file_names[i]
             try:
-                image = load_annotated_image(self.index.images_dir / file_name, size)
+                image = self._pixels(i, self.index.images_dir / file_name)
             except UnreadableImage as error:
                 self._check_folder((self.index.images_dir / file_name).parent)
                 unreadable.append(f"{file_name}: {error}")
                 if self.training:
                     continue
-                image = Image.new("RGB", (size[1], size[0]))
+                image = torch.zeros(3, *size, dtype=torch.uint8)
                 boxes, labels = boxes[:0], labels[:0]
+            if size != stated:
+                (height, width), (stated_height, stated_width) = size, stated
+                boxes = boxes * torch.tensor([width, height] * 2)
+                boxes = boxes / torch.tensor([stated_width, stated_height] * 2)
             return Picture(
-                tv_tensors.Image(F.pil_to_tensor(image)),
+                tv_tensors.Image(image),
                 tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),  # pyright: ignore
                 labels,
                 i,
@@ -180,6 +192,19 @@ class DetectionDataset(Dataset[Sample]):
             f"(first: {unreadable[0]})"
         )
 
+    def _pixels(self, i: int, path: Path) -> Tensor:
+        """Image `i`, (3, H, W) uint8, decoded and shrunk, or from the cache."""
+
+        def decode() -> Tensor:
+            stated = self.index.sizes[i]
+            size = shrink_size(stated, self.shorter_side)
+            image = F.pil_to_tensor(
+                load_annotated_image(path, stated, least_side=self.shorter_side)
+            )
+            return image if size == stated else F.resize(image, list(size), antialias=True)
+
+        return decode() if self.cache is None else self.cache.load(i, path, decode)
+
     def _check_folder(self, folder: Path) -> None:
         """A folder that goes away, or a mount that leaves it empty, is no case of broken images."""
         if not folder.is_dir() or next(folder.iterdir(), None) is None:
@@ -187,6 +212,19 @@ class DetectionDataset(Dataset[Sample]):
                 f"{folder}: the folder of images is gone or empty: bring it back; a run goes on "
                 "with resume=true"
             )
+
+
+def find_shorter_side(shrink: float | None, input_size: int) -> int | None:
+    """`DetectionDataset`'s `shorter_side` for images of so many times the input size.
+
+    Raises:
+        UserError: `shrink` is no such number.
+    """
+    if shrink is None:
+        return None
+    if not isinstance(shrink, (int, float)) or not 0 < shrink < math.inf:
+        raise UserError(f"data.shrink={shrink}: give how many times the input size, or null")
+    return max(1, round(shrink * input_size))
 
 
 @contextmanager

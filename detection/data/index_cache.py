@@ -21,7 +21,7 @@ import torch
 # A new number makes everyone parse anew: raise it with each change to what is kept.
 VERSION = 1
 # File systems count time in ticks: within one, a file can change without showing it.
-_SETTLING_SECONDS = 2.0
+SETTLING_SECONDS = 2.0
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class IndexCache:
 
     def write(self, content: dict[str, Any]) -> None:
         """Keeps the content, or says why not."""
-        if time.time() - self.newest < _SETTLING_SECONDS:
+        if time.time() - self.newest < SETTLING_SECONDS:
             return
         temporary = None
         try:

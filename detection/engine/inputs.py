@@ -11,6 +11,7 @@ from torch import Tensor
 from detection.augmentation import BatchAugmentation, resize_batch
 from detection.data.coco import CocoIndex
 from detection.data.dataset import Batch, DetectionDataset
+from detection.data.image_cache import ImageCache
 from detection.data.mixing import Mixing
 from detection.data.sampler import derive_seed
 from detection.data.transforms import EvalTransform, TrainTransform
@@ -27,6 +28,8 @@ class TrainingInputs:
         preprocess: the detector's.
         seed: what all randomness depends on; beside it, that of an item on its epoch and index, the
             input size of a step on the step.
+        shorter_side: as in `DetectionDataset`.
+        cache: as in `DetectionDataset`.
         mosaic: as in `Mixing`.
         mixup: as in `Mixing`.
         multi_scale: least and most input size of a step, and the distance between those that may be
@@ -46,6 +49,8 @@ class TrainingInputs:
         preprocess: Preprocess,
         *,
         seed: int,
+        shorter_side: int | None = None,
+        cache: ImageCache | None = None,
         mosaic: float = 0.0,
         mixup: float = 0.0,
         multi_scale: Sequence[int] | None = None,
@@ -72,6 +77,8 @@ class TrainingInputs:
             transform,
             seed=seed,
             training=True,
+            shorter_side=shorter_side,
+            cache=cache,
             mixing=Mixing(
                 side=preprocess.input_size,
                 mosaic=mosaic,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,11 +23,13 @@ class Processes(NamedTuple):
         rank: 0 to world_size - 1; rank 0 writes files.
         world_size: number of processes.
         device: where this process computes.
+        local_rank: its number on its node.
     """
 
     rank: int
     world_size: int
     device: torch.device
+    local_rank: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -55,6 +57,28 @@ class Processes(NamedTuple):
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def first_then_others(self, load: Callable[[], T]) -> T:
+        """`load()`, in one process of each node before the others: they find what it has left.
+
+        Raises:
+            UserError: that of the first process that meets one, in all of them.
+        """
+        if self.world_size == 1:
+            return load()
+        value: T | None = None
+        for is_turn in (self.local_rank == 0, self.local_rank != 0):
+            reason = None
+            if is_turn:
+                try:
+                    value = load()
+                except UserError as error:
+                    reason = str(error)
+            reasons: list[str | None] = [None] * self.world_size
+            dist.all_gather_object(reasons, reason)
+            for known in filter(None, reasons):
+                raise UserError(known)
+        return cast("T", value)
 
 
 def launcher() -> str:
@@ -87,7 +111,7 @@ def join_processes(device: str = "auto") -> Iterator[Processes]:
     if world_size > 1:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield Processes(rank, world_size, chosen)
+        yield Processes(rank, world_size, chosen, local_rank)
     except RuntimeError as error:
         reason = _name_dead(error)
         if reason is None:

@@ -23,6 +23,8 @@ class TrainerSettings:
         batch_size: images a step, over all processes and micro-batches.
         num_micro_batches: a step's batch is run in so many parts (gradient accumulation).
         num_workers: loader processes for each training process; changes no result.
+        image_cache: keep decoded training images in "ram" or on "disk"; changes no result.
+        image_cache_folder: of "disk"; None is in the user's cache folder.
         precision: "fp32", or mixed "bf16" or "fp16".
         gradient_clip_norm: largest norm of the gradient; None does not clip.
         ema_decay: of the moving average of the weights; None keeps none.
@@ -42,6 +44,8 @@ class TrainerSettings:
     batch_size: int
     num_micro_batches: int = 1
     num_workers: int = 2
+    image_cache: str | None = None
+    image_cache_folder: str | None = None
     precision: str = "fp32"
     gradient_clip_norm: float | None = None
     ema_decay: float | None = None
@@ -101,6 +105,12 @@ class TrainerSettings:
                 raise UserError(f"trainer.{name}={getattr(self, name)}: give at least 1, or null")
         if self.num_workers < 0:
             raise UserError(f"trainer.num_workers={self.num_workers}: give 0 or more")
+        if self.image_cache not in (None, "ram", "disk"):
+            raise UserError(f"trainer.image_cache={self.image_cache}: give ram, disk or null")
+        if self.image_cache_folder is not None and self.image_cache != "disk":
+            raise UserError(
+                "trainer.image_cache_folder is for trainer.image_cache=disk: set both or neither"
+            )
         if self.precision not in PRECISIONS:
             raise UserError(
                 f"trainer.precision={self.precision}: give one of {', '.join(PRECISIONS)}"

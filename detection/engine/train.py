@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from detection.data.coco import CocoIndex
 from detection.data.dataset import Batch, DetectionDataset, collate
+from detection.data.image_cache import SHARED_MEMORY, ImageCache, disk_path, open_cache
 from detection.data.sampler import StepSampler
 from detection.engine.evaluate import Evaluation
 from detection.engine.inputs import TrainingInputs
@@ -233,6 +237,35 @@ def make_loader(
         pin_memory=processes.device.type == "cuda",
         persistent_workers=settings.num_workers > 0,
     )
+
+
+@contextmanager
+def open_image_cache(
+    index: CocoIndex, shorter_side: int | None, settings: TrainerSettings, processes: Processes
+) -> Iterator[ImageCache | None]:
+    """The cache that the settings ask for, the same one in all processes of a node.
+
+    Raises:
+        UserError: in all processes, where there is too little room in one place.
+    """
+    if settings.image_cache is None:
+        yield None
+        return
+    in_memory = settings.image_cache == "ram"
+    folder = Path(settings.image_cache_folder) if settings.image_cache_folder else None
+    path = disk_path(index, shorter_side=shorter_side, folder=folder)
+    if in_memory:
+        path = SHARED_MEMORY / processes.share(f"condconv-detection-{secrets.token_hex(8)}")
+    try:
+        cache = processes.first_then_others(
+            lambda: open_cache(path, index, shorter_side=shorter_side, in_memory=in_memory)
+        )
+    finally:
+        # Without a name it is gone with the last process that has it open, however that ends.
+        if in_memory:
+            path.unlink(missing_ok=True)
+    with closing(cache):
+        yield cache
 
 
 def prepare_network(

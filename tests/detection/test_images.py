@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detection.images import UnreadableImage, load_annotated_image, load_image
+from detection.images import UnreadableImage, load_annotated_image, load_image, shrink_size
 
 RED = (200, 40, 30)
 
@@ -92,3 +92,106 @@ def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UnreadableImage, match="exceeds limit"):
         load_image(path)
+
+
+def draw_square(width: int, height: int, box: tuple[int, int, int, int]) -> Image.Image:
+    image = Image.new("RGB", (width, height), (20, 30, 40))
+    image.paste((230, 220, 210), box)
+    return image
+
+
+def find_square(image: Image.Image) -> list[float]:
+    """Its edges where the brightness is half way up, as parts of the width and height."""
+    bright = np.asarray(image.convert("L")).astype(float)
+    bright = (bright - bright.min()) / (bright.max() - bright.min())
+    edges = []
+    for axis in (0, 1):
+        profile = bright.max(axis)
+        inside = np.flatnonzero(profile > 0.5)
+        edges += [inside[0] / len(profile), (inside[-1] + 1) / len(profile)]
+    return [edges[0], edges[2], edges[1], edges[3]]
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "least_side", "size"),
+    [
+        (640, 480, 480, (640, 480)),
+        (640, 480, 241, (640, 480)),
+        (640, 480, 240, (320, 240)),
+        (640, 480, 160, (320, 240)),  # a third is between
+        (640, 480, 120, (160, 120)),
+        (640, 480, 60, (80, 60)),
+        (640, 480, 7, (80, 60)),
+        (1001, 667, 150, (251, 167)),  # rounded up
+        (667, 1001, 80, (84, 126)),
+    ],
+)
+@pytest.mark.parametrize("orientation", [None, 3, 6])
+def test_a_jpeg_is_decoded_at_a_part_of_its_size(
+    tmp_path: Path,
+    width: int,
+    height: int,
+    least_side: int,
+    size: tuple[int, int],
+    orientation: int | None,
+):
+    box = (width // 3, height // 4, width // 2, height - height // 5)
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    stored = draw_square(width, height, box)
+    stored.save(tmp_path / "image.jpg", exif=exif, quality=95)
+    stored.save(tmp_path / "image.png", exif=exif)
+    turned = orientation == 6
+    stated = (width, height) if turned else (height, width)
+    whole = load_annotated_image(tmp_path / "image.jpg", stated)
+    assert whole.size == stated[::-1]
+    image = load_annotated_image(tmp_path / "image.jpg", stated, least_side=least_side)
+    assert image.size == (size[::-1] if turned else size)
+    pixel = 1 / min(image.size)
+    assert np.allclose(find_square(image), find_square(whole), atol=pixel)
+    png = load_annotated_image(tmp_path / "image.png", stated, least_side=least_side)
+    assert png.size == stated[::-1]
+    assert np.array_equal(
+        np.asarray(png), np.asarray(load_annotated_image(tmp_path / "image.png", stated))
+    )
+
+
+def test_the_stated_size_is_that_of_the_whole(tmp_path: Path):
+    draw_square(64, 48, (0, 0, 9, 9)).save(tmp_path / "image.jpg")
+    with pytest.raises(UnreadableImage, match="it is 64 x 48, the annotations say 32 x 24"):
+        load_annotated_image(tmp_path / "image.jpg", (24, 32), least_side=24)
+
+
+@pytest.mark.parametrize(
+    ("size", "shorter_side", "expected"),
+    [
+        ((480, 640), None, (480, 640)),
+        ((480, 640), 480, (480, 640)),
+        ((480, 640), 600, (480, 640)),
+        ((480, 640), 300, (300, 400)),
+        ((1000, 333), 100, (300, 100)),
+        ((7, 9), 1, (1, 1)),
+    ],
+)
+def test_shrunk_sizes(size: tuple[int, int], shorter_side: int | None, expected: tuple[int, int]):
+    assert shrink_size(size, shorter_side) == expected
+
+
+def test_real_photographs_decoded_at_a_part_stay_in_place(real_data: Path):
+    """What differs from the whole, shrunk, is far less than where it were a pixel aside."""
+    side = 75
+    for path in sorted((real_data / "coco128" / "images").iterdir())[:12]:
+        with Image.open(path) as image:
+            size = (image.height, image.width)
+        height, width = shrink_size(size, side)
+        whole, part = (
+            np.asarray(
+                load_annotated_image(path, size, least_side=least_side).resize(
+                    (width, height), Image.Resampling.BILINEAR
+                )
+            ).astype(int)
+            for least_side in (None, side)
+        )
+        moved = np.abs(whole[:, 1:] - part[:, :-1]).mean()
+        assert 0 < np.abs(whole - part).mean() < 0.6 * moved

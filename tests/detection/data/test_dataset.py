@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
 from detection.data.coco import CocoIndex
-from detection.data.dataset import DetectionDataset, Sample, collate
+from detection.data.dataset import DetectionDataset, Sample, collate, find_shorter_side
 from detection.data.mixing import Mixing
 from detection.data.sampler import StepSampler
 from detection.data.transforms import EvalTransform, TrainTransform
@@ -196,6 +196,82 @@ def test_a_folder_that_vanishes(tmp_path: Path, training: bool, left: str):
         folder.mkdir()
     with pytest.raises(UserError, match=f"{folder}: the folder of images is gone or empty"):
         dataset[0, 1]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_boxes_stay_on_their_objects_in_shrunk_images(
+    tmp_path: Path, suffix: str, orientation: int
+):
+    """Black squares of which the box is known; read, they lie where the boxes lie."""
+    width, height, box = 333, 517, (41, 203, 170, 290)
+    image = Image.new("RGB", (width, height), "white")
+    image.paste("black", box)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    # Stored so that the orientation turns it to what is drawn.
+    stored = image if orientation == 1 else image.transpose(Image.Transpose.ROTATE_90)
+    stored.save(tmp_path / f"0.{suffix}", exif=exif)
+    left, top, right, bottom = box
+    content = {
+        "images": [{"id": 1, "file_name": f"0.{suffix}", "width": width, "height": height}],
+        "annotations": [
+            {
+                "id": 1,
+                "image_id": 1,
+                "category_id": 3,
+                "bbox": [left, top, right - left, bottom - top],
+            }
+        ],
+        "categories": [{"id": 3, "name": "thing"}],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    index = CocoIndex.load(images=tmp_path, annotations=tmp_path / "instances.json")
+    for shorter_side, size in ((100, (155, 100)), (40, (62, 40)), (332, (515, 332))):
+        dataset = DetectionDataset(
+            index, lambda *example: example, seed=0, training=True, shorter_side=shorter_side
+        )
+        sample = dataset[0]
+        assert sample.image.shape == (3, *size) and sample.size == (height, width)
+        dark = (sample.image.float().mean(0) < 128).nonzero()
+        found = [*dark.amin(0).flip(0).tolist(), *(dark.amax(0).flip(0) + 1).tolist()]
+        assert (sample.boxes[0] - torch.tensor(found)).abs().max() < 1.1
+        expected = (
+            torch.tensor(box) * torch.tensor(size[::-1] * 2) / torch.tensor([width, height] * 2)
+        )
+        torch.testing.assert_close(sample.boxes[0], expected)
+
+
+def test_images_that_are_small_enough_are_left_alone(tmp_path: Path):
+    index = make_index(tmp_path)
+    transform = TrainTransform(resize=resize)
+    for shorter_side in (30, 45):
+        shrunk = DetectionDataset(
+            index, transform, seed=0, training=True, shorter_side=shorter_side
+        )
+        whole = DetectionDataset(index, transform, seed=0, training=True)
+        assert all(equal(shrunk[0, i], whole[0, i]) for i in range(6))
+
+
+def test_an_unreadable_image_is_black_at_its_shrunk_size(tmp_path: Path):
+    index = make_index(tmp_path)
+    truncate(tmp_path / "4.jpg")
+    dataset = DetectionDataset(
+        index, lambda *example: example, seed=0, training=False, shorter_side=15
+    )
+    assert dataset[4].image.shape == (3, 15, 20) and not dataset[4].image.any()
+    assert dataset[4].size == (30, 40) and dataset[4].unreadable
+
+
+@pytest.mark.parametrize(("shrink", "expected"), [(None, None), (1, 300), (1.5, 450), (0.0001, 1)])
+def test_shorter_side(shrink: float | None, expected: int | None):
+    assert find_shorter_side(shrink, 300) == expected
+
+
+@pytest.mark.parametrize("shrink", [0, -1, "much", float("inf"), float("nan")])
+def test_wrong_shrink(shrink: Any):
+    with pytest.raises(UserError, match=f"data.shrink={shrink}: give how many times"):
+        find_shorter_side(shrink, 300)
 
 
 def test_collate_pads(tmp_path: Path):

@@ -6,9 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from detection.data.transforms import EvalTransform, RandomObjectCoverageCrop, TrainTransform
+from detection.data.transforms import (
+    EvalTransform,
+    RandomObjectCoverageCrop,
+    TrainTransform,
+    ZoomOut,
+)
 from detection.errors import UserError
 
 HEIGHT, WIDTH = 60, 80
@@ -118,6 +124,24 @@ def test_crop_without_boxes():
         assert boxes.shape == (0, 4)
         assert image.shape[-2] * image.shape[-1] >= 0.3 * HEIGHT * WIDTH
         assert image.shape[-2:] != (HEIGHT, WIDTH)
+
+
+def test_zoom_out_is_torchvisions():
+    """The canvas lies in memory as a decoded image does."""
+    fill = (123, 117, 104)
+    ours, theirs = (own(fill=fill) for own in (ZoomOut, v2.RandomZoomOut))
+    sizes = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        image, boxes = ours(make_image(), make_boxes(BOXES))
+        torch.manual_seed(seed)
+        expected, expected_boxes = theirs(make_image(), make_boxes(BOXES))
+        assert image.equal(expected) and boxes.equal(expected_boxes)
+        assert boxes.canvas_size == expected_boxes.canvas_size == image.shape[-2:]
+        if image.shape[-2:] != (HEIGHT, WIDTH):
+            assert image.permute(1, 2, 0).is_contiguous()
+        sizes.add(image.shape)
+    assert len(sizes) > 10
 
 
 @pytest.mark.parametrize("boxes", [NO_BOXES, BOXES])

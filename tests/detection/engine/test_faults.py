@@ -22,18 +22,26 @@ from typing import Any
 import pytest
 import torch
 
+import eval_det
 import train_det
 from detection.checkpoint import load_checkpoint
+from detection.data.coco_json import CocoReader
+from detection.data.image_cache import SHARED_MEMORY
+from detection.data.shapes import Recipe, provide
 from detection.detector import Detector
 from detection.engine.state import TrainState
 from detection.engine.train import take_step
 from detection.errors import UserError
 
 
-def run_train_det(
-    arguments: list[str], output: Path, environment: dict[str, str], kill_at: int | None
+def run_script(
+    script: str,
+    arguments: list[str],
+    output: Path,
+    environment: dict[str, str],
+    kill_at: int | None,
 ) -> None:
-    """As `python train_det.py ARGUMENTS > OUTPUT 2>&1`.
+    """As `python SCRIPT.py ARGUMENTS > OUTPUT 2>&1`; tells also what annotations it parses.
 
     Args:
         kill_at: SIGKILL comes some milliseconds after the start of the step that follows this one.
@@ -44,7 +52,7 @@ def run_train_det(
     os.environ.update(environment)
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # of loaders' workers, as elsewhere
-    sys.argv = ["train_det.py", *arguments]
+    sys.argv = [f"{script}.py", *arguments]
     torch.set_num_threads(1)
 
     def take_step_and_die(state: TrainState, *rest: Any) -> Any:
@@ -53,9 +61,16 @@ def run_train_det(
             threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
         return take_step(state, *rest)
 
+    read = CocoReader.read
+
+    def read_and_tell(self: CocoReader) -> Any:
+        print(f"parsing {self.annotations_file.name}")
+        return read(self)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("detection.engine.train.take_step", take_step_and_die)
-        train_det.main()
+        patch.setattr(CocoReader, "read", read_and_tell)
+        {"train_det": train_det, "eval_det": eval_det}[script].main()
 
 
 ON_DEVICE = [
@@ -115,14 +130,22 @@ def start(
     tiny_model: list[str], tiny_data: list[str], tmp_path: Path
 ) -> Iterator[Callable[..., Run]]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_det", "detection.engine.train", "detection.cli"])
+    context.set_forkserver_preload(
+        ["train_det", "eval_det", "detection.engine.train", "detection.cli"]
+    )
     started: list[ForkServerProcess] = []
 
     def start(
-        *overrides: str, name: str = "run", num_processes: int = 1, kill_at: int | None = None
+        *overrides: str,
+        name: str = "run",
+        num_processes: int = 1,
+        kill_at: int | None = None,
+        script: str = "train_det",
+        data: list[str] = tiny_data,
     ) -> Run:
         folder = tmp_path / name
-        arguments = [*tiny_model, *tiny_data, f"run_dir={folder}", *overrides]
+        common = [*tiny_model, f"run_dir={folder}"] if script == "train_det" else []
+        arguments = [*common, *data, *overrides]
         environment = {}
         if num_processes > 1:
             with socket.socket() as probe:
@@ -134,9 +157,10 @@ def start(
         run = Run(folder, [], [])
         for rank in range(num_processes):
             output = tmp_path / f"{name}-{len(started)}.txt"
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             process = context.Process(
-                target=run_train_det,
-                args=(arguments, output, environment | {"RANK": str(rank)}, kill_at),
+                target=run_script,
+                args=(script, arguments, output, environment | ranks, kill_at),
             )
             process.start()
             started.append(process)
@@ -347,3 +371,91 @@ def test_two_processes_give_the_losses_of_one_also_after_a_fall_back(
     for a, b in zip(expected, found, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     assert expected[-1]["AP"] == pytest.approx(found[-1]["AP"], abs=1e-6)
+
+
+@pytest.fixture
+def custom_data(tmp_path: Path) -> list[str]:
+    """A split that no run has seen, and old enough to be kept as parsed."""
+    folder = provide(Recipe(num_train=10, num_val=5, image_size=(64, 80)), tmp_path / "shapes")
+    overrides = ["data=custom"]
+    for split in ("train", "val"):
+        annotations = folder / "annotations" / f"instances_{split}.json"
+        os.utime(annotations, (0, 0))
+        for path in (folder / "images" / split).iterdir():
+            os.utime(path, (0, 0))
+        overrides += [f"data.{split}.images={folder / 'images' / split}"]
+        overrides += [f"data.{split}.annotations={annotations}"]
+    return overrides
+
+
+@pytest.mark.parametrize("script", ["train_det", "eval_det"])
+def test_one_of_two_processes_parses_the_annotations(
+    start: Callable[..., Run], custom_data: list[str], trained: Path, script: str
+):
+    checkpoint = trained / "checkpoints" / "best.pt"
+    options = ["trainer.steps=1"] if script == "train_det" else [f"checkpoint={checkpoint}"]
+    if script == "eval_det":
+        options += ["device=cpu", "evaluation.num_workers=0"]
+    run = start(*options, num_processes=2, script=script, data=custom_data)
+    assert run.wait() == [0, 0], run.printed()
+    first, second = (path.read_text() for path in run.outputs)
+    num_splits = 2 if script == "train_det" else 1
+    assert first.count("parsing instances_") == num_splits and "parsing" not in second
+
+
+@pytest.mark.parametrize("script", ["train_det", "eval_det"])
+def test_annotations_that_one_process_cannot_read_end_both(
+    start: Callable[..., Run], custom_data: list[str], trained: Path, script: str
+):
+    file = Path(custom_data[-1].split("=")[1])
+    file.write_text("{")
+    checkpoint = trained / "checkpoints" / "best.pt"
+    options = ["trainer.steps=1"] if script == "train_det" else [f"checkpoint={checkpoint}"]
+    run = start(*options, num_processes=2, script=script, data=custom_data)
+    assert run.wait() == [1, 1], run.printed()
+    first, second = (path.read_text().splitlines()[-1] for path in run.outputs)
+    assert first == second and first.startswith(f"error: {file}")
+    # The second did not try.
+    assert "parsing" not in run.outputs[1].read_text()
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_processes_share_the_cache_of_images(
+    start: Callable[..., Run],
+    run: Callable[..., Path],
+    custom_data: list[str],
+    tmp_path: Path,
+    kind: str,
+):
+    """Two epochs and more; nothing of a cache in memory is left."""
+    before = set(SHARED_MEMORY.iterdir())
+    options = ["trainer.steps=8", "data.shrink=1", "data.augmentation.photometric=0.5"]
+    cached = [f"trainer.image_cache={kind}", "trainer.num_workers=1"]
+    if kind == "disk":
+        cached += [f"trainer.image_cache_folder={tmp_path / 'kept'}"]
+    two = start(*options, *cached, name="two", num_processes=2, data=custom_data)
+    assert two.wait() == [0, 0], two.printed()
+    plain = start(*options, name="plain", num_processes=2, data=custom_data)
+    assert plain.wait() == [0, 0], plain.printed()
+    assert_equal_weights(two.folder, plain.folder)
+    assert two.printed().count("image cache: 10 images") == 1
+    assert not {
+        path.name for path in set(SHARED_MEMORY.iterdir()) - before if "condconv" in path.name
+    }
+    if kind == "disk":
+        (file,) = (tmp_path / "kept").iterdir()
+        head = 64
+        checks = file.read_bytes()[head : head + 8 * 10]
+        assert all(any(checks[start : start + 8]) for start in range(0, 80, 8))
+
+
+def test_a_cache_that_cannot_be_made_ends_both(
+    start: Callable[..., Run], custom_data: list[str], tmp_path: Path
+):
+    (tmp_path / "a file").touch()
+    options = ["trainer.image_cache=disk", f"trainer.image_cache_folder='{tmp_path}/a file/x'"]
+    run = start(*options, "trainer.steps=1", num_processes=2, data=custom_data)
+    assert run.wait() == [1, 1], run.printed()
+    first, second = (path.read_text().splitlines()[-1] for path in run.outputs)
+    assert first == second and "cannot be written" in first
+    assert not run.folder.exists()
