@@ -1,11 +1,12 @@
 """Latency and throughput of detectors as they would be deployed, on this CPU, random weights.
 
-    python benchmarks/bench_deploy.py [--rows ROW ...] [--threads 2] [--output FILE]
+    python benchmarks/bench_deploy.py [--rows ROW ...] [--threads 2] [--profile] [--output FILE]
 
 Median and 95th percentile in milliseconds at batch 1, images per second at batch 8, for the raw
 outputs of a network with float32 images. The networks and runtimes of a row run in turn, round
 after round, so that a busy moment hits them alike; threads of a runtime that waits do not spin.
-INT8 is calibrated with noise: its speed is measured, not its accuracy.
+INT8 is calibrated with noise: its speed is measured, not its accuracy. `--profile` also prints
+where ONNX Runtime's time goes, by operator.
 """
 
 from __future__ import annotations
@@ -70,7 +71,12 @@ def torchvision_ssdlite() -> Any:
 
 
 def efficientdet_d0() -> Any:
-    from effdet import create_model
+    try:
+        from effdet import create_model
+    except ImportError as error:
+        raise SystemExit(
+            "the row EfficientDet-D0 needs effdet: pip install effdet, or name the other --rows"
+        ) from error
 
     network = create_model("efficientdet_d0", pretrained=False, pretrained_backbone=False)
 
@@ -97,7 +103,7 @@ ROWS: dict[str, dict[str, Callable[[], Any]]] = {
         f"SSD300 {width}x": static_and_conditional(
             "model=ssd300_mobilenet_v1", f"model.width={width}"
         )
-        for width in (0.25, 0.5, 1.0)
+        for width in (0.5, 0.75, 1.0)
     },
     "RetinaNet-lite": static_and_conditional("model=retinanet_mobilenet_v1_fpnlite"),
     "torchvision ssdlite320": {"": torchvision_ssdlite},
@@ -105,11 +111,27 @@ ROWS: dict[str, dict[str, Callable[[], Any]]] = {
 }
 
 
-def start(file: Path, threads: int) -> onnxruntime.InferenceSession:
+def start(file: Path, threads: int, **settings: Any) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for name, value in settings.items():
+        setattr(options, name, value)
     return onnxruntime.InferenceSession(file, options)
+
+
+def profile(file: Path, images: Tensor, threads: int, runs: int = 50) -> dict[str, float]:
+    """Milliseconds of the operators in one run of ONNX Runtime, without those that hold others."""
+    prefix = str(file.with_name("profile"))
+    session = start(file, threads, enable_profiling=True, profile_file_prefix=prefix)
+    for _ in range(runs):
+        session.run(None, {"images": images.numpy()})
+    times: dict[str, float] = {}
+    for event in json.loads(Path(session.end_profiling()).read_text()):
+        operator = event.get("args", {}).get("op_name", "Scan")
+        if event["name"].endswith("_kernel_time") and operator != "Scan":
+            times[operator] = times.get(operator, 0) + event["dur"] / 1000 / runs
+    return times
 
 
 def build_sides(
@@ -171,6 +193,12 @@ def bench(row: str, args: argparse.Namespace, folder: Path) -> list[dict[str, An
         costs[name] = count_multiply_adds(model.network, single)
         for side, run in build_sides(model, folder / name, args.sides, args.threads).items():
             sides[name, side] = run
+        for file in sorted((folder / name).glob("*.onnx")) if args.profile else ():
+            times = profile(file, single, args.threads)
+            longest = sorted(times, key=lambda operator: -times[operator])[:6]
+            print(f"{row} {name}, {file.stem}: {sum(times.values()):.1f} ms, of it "
+                  + ", ".join(f"{operator} {times[operator]:.1f}" for operator in longest),
+                  flush=True)  # fmt: skip
     latency, throughput = (time_rounds(sides, x, args.seconds) for x in (single, batch))
     results = []
     for name, side in sorted(sides, key=lambda key: args.sides.index(key[1])):
@@ -183,6 +211,14 @@ def bench(row: str, args: argparse.Namespace, folder: Path) -> list[dict[str, An
             f"| {median:.1f} | {p95:.1f} | {rate:.1f} |",
             flush=True,
         )
+    for side in args.sides if {"static", "8 experts"} <= costs.keys() else ():
+        pairs = zip(latency["8 experts", side], latency["static", side], strict=True)
+        low, middle, high = np.percentile([own / other for own, other in pairs], [25, 50, 75])
+        print(
+            f"{row}, {side}, batch 1: 8 experts take {middle:.2f} times static's "
+            f"({low:.2f} to {high:.2f} in half of the rounds)",
+            flush=True,
+        )
     return results
 
 
@@ -192,6 +228,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=5, help="of each row and batch size")
+    parser.add_argument("--profile", action="store_true", help="by operator, in ONNX Runtime")
     parser.add_argument("--output", type=Path, help="write the measurements as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -61,9 +61,10 @@ def translate_condconv2d(
 
     op: Any = opset18
     num_experts, *kernel_shape = weight.shape
-    kernels = op.Reshape(
-        op.MatMul(routing_weights, op.Reshape(weight, [num_experts, -1])), [-1, *kernel_shape]
-    )
+    # ONNX Runtime packs a constant matrix for long products. Of three axes it is read as it lies,
+    # which one row of weights takes less time with.
+    experts = op.Reshape(weight, [1, num_experts, -1])
+    kernels = op.Reshape(op.MatMul(routing_weights, experts), [-1, *kernel_shape])
     images = op.Unsqueeze(x, [1])  # out here it copies nothing
     image, kernel = (
         ir.Value(name=f"{value.name}_{which}", type=ir.TensorType(x.dtype), shape=ir.Shape(shape))
