@@ -34,13 +34,14 @@ def pairwise_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     left_a, top_a, right_a, bottom_a = boxes_a[..., :, None, :].unbind(-1)
     # Each coordinate in a row: pairs of coordinates would take twice as long. Tables of all pairs
     # are large: what is in one is overwritten.
-    left_b, top_b, right_b, bottom_b = boxes_b.movedim(-1, 0).contiguous()[..., None, :]
+    left_b, top_b, right_b, bottom_b = torch.stack(boxes_b[..., None, :, :].unbind(-1))
     width = torch.minimum(right_a, right_b).sub_(torch.maximum(left_a, left_b)).clamp_(min=0)
     height = torch.minimum(bottom_a, bottom_b).sub_(torch.maximum(top_a, top_b)).clamp_(min=0)
     intersection = width.mul_(height)
-    union = (box_area(boxes_a)[..., :, None] + box_area(boxes_b)[..., None, :]).sub_(intersection)
     # Where there is no union there is no intersection.
-    return intersection.div_(union.clamp_(min=torch.finfo(union.dtype).tiny))
+    area_a = ((right_a - left_a) * (bottom_a - top_a)).clamp_(min=torch.finfo(boxes_a.dtype).tiny)
+    union = (area_a + (right_b - left_b) * (bottom_b - top_b)).sub_(intersection)
+    return intersection.div_(union)
 
 
 def pairwise_coverage(windows: Tensor, boxes: Tensor) -> Tensor:
@@ -90,10 +91,7 @@ def decode_boxes(deltas: Tensor, anchors: Tensor, weights: CodeWeights = CODE_WE
 
 def clip_boxes(boxes: Tensor, width: float, height: float) -> Tensor:
     """(..., 4) boxes cut at the borders of an image."""
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    return torch.stack(
-        [x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height)], dim=-1
-    )
+    return boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
 
 
 def _center_size(boxes: Tensor) -> tuple[Tensor, Tensor]:

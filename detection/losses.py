@@ -133,7 +133,9 @@ class FocalCriterion(nn.Module):
         self, predictions: RawPredictions, match: Tensor, matches: Matches, share: Tensor
     ) -> Tensor:
         """Sum over all slots of all anchors, each image's times its share (B,)."""
-        weights = share[:, None] * (match != IGNORED)
+        weights = share[:, None]
+        if self.background_threshold is not None:
+            weights = weights * (match != IGNORED)
         slots = matches.labels + predictions.num_background
         return _FocalSum.apply(
             predictions.logits, weights, matches.images, matches.anchors, slots,
@@ -172,49 +174,52 @@ class _FocalSum(torch.autograd.Function):
         alpha: float,
         gamma: float,
     ) -> Tensor:
-        """logits (B, A, S), weights (B, A); images, anchors, slots (M,): where the target is 1."""
+        """logits (B, A, S), weights (B, A) or (B, 1); images, anchors, slots (M,): where the target
+        is 1.
+        """
         derivative = torch.empty(logits.shape, device=logits.device)
-        total = weights.new_zeros(())
-        rows = len(weights.flatten()) if logits.is_cuda else max(1, CHUNK // logits.shape[-1])
+        sums = torch.empty(logits.shape[:2], device=logits.device)
+        size = max(1, sums.numel() if logits.is_cuda else CHUNK // logits.shape[-1])
         # At first every target is 0.
-        for x, weight, slope in zip(
-            logits.flatten(0, 1).split(rows),
-            weights.flatten().split(rows),
-            derivative.flatten(0, 1).split(rows),
+        for x, row_sums, slope in zip(
+            logits.flatten(0, 1).split(size),
+            sums.flatten().split(size),
+            derivative.flatten(0, 1).split(size),
             strict=True,
         ):
-            power, entropy, growth = _focal_terms(x.float(), gamma)
-            power.mul_((1 - alpha) * weight[:, None])
-            torch.mul(power, growth, out=slope)
-            # A dot product would depend on where its factors lie in memory.
-            total += power.mul_(entropy).sum()
-        positives = images, anchors, slots
-        x, weight = logits[positives].float(), weights[images, anchors]
-        power, entropy, growth = _focal_terms(-x, gamma)
-        derivative[positives] = -alpha * weight * power * growth
-        total += alpha * (weight * power * entropy).sum()
-        power, entropy, _ = _focal_terms(x, gamma)
-        total -= (1 - alpha) * (weight * power * entropy).sum()
-        ctx.save_for_backward(derivative)
+            torch.sum(_focal_loss(x.float(), gamma, slope), 1, out=row_sums)
+        # A dot product would depend on where its factors lie in memory.
+        total = (1 - alpha) * (sums * weights).sum()
+
+        x, weight = logits[images, anchors, slots].float(), weights.expand_as(sums)[images, anchors]
+        pair = torch.stack([-x, x])  # a target of 1 and, to be taken back, of 0
+        slopes = torch.empty_like(pair)
+        loss, former = _focal_loss(pair, gamma, slopes)
+        total += (weight * (alpha * loss - (1 - alpha) * former)).sum()
+        ctx.save_for_backward(
+            derivative, (1 - alpha) * weights, images, anchors, slots, -alpha * weight * slopes[0]
+        )
         ctx.dtype = logits.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (derivative,) = ctx.saved_tensors
-        return derivative.mul_(gradient).to(ctx.dtype), *[None] * 6
+        derivative, weights, images, anchors, slots, positive = ctx.saved_tensors
+        derivative.mul_((gradient * weights)[..., None])
+        derivative[images, anchors, slots] = gradient * positive
+        return derivative.to(ctx.dtype), *[None] * 6
 
 
-def _focal_terms(x: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits whose target is 0: factors p ** gamma and -log(1 - p) of the loss; the first one
-    times the third is its derivative.
-    """
+def _focal_loss(x: Tensor, gamma: float, derivative: Tensor) -> Tensor:
+    """Of logits whose target is 0: p ** gamma times the cross-entropy, and the derivative of it."""
     p = x.sigmoid()
-    q = 1 - p
+    power = p**gamma
     # Softplus in half the time, but for an error of 1e-7 where it is small, as p is there.
-    entropy = x.clamp(min=0).sub_(torch.maximum(p, q).log_())
-    return p**gamma, entropy, torch.addcmul(p, entropy, q, value=gamma)
+    loss = x.clamp(min=0).sub_(torch.maximum(p, 1 - p).log_()).mul_(power)
+    # p ** gamma * (p + gamma * (1 - p) * entropy)
+    torch.lerp(gamma * loss, power, p, out=derivative)
+    return loss
 
 
 def gather_matches(match: Tensor, targets: Targets) -> Matches:

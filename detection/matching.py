@@ -29,6 +29,7 @@ def match_anchors(
 
     Args:
         anchors: (A, 4).
+        threshold: above 0, as `background_threshold`: padding overlaps by 0.
         background_threshold: an anchor whose best IoU lies from here to below the threshold is
             neither matched nor background; None ignores none.
         keep_ties: torchvision's `Matcher` with `allow_low_quality_matches`: all anchors that
@@ -41,26 +42,23 @@ def match_anchors(
     num_anchors, num_truths = anchors.shape[0], targets.boxes.shape[1]
     if num_truths == 0:
         return targets.labels.new_full((targets.labels.shape[0], num_anchors), UNMATCHED)
-    iou = pairwise_iou(targets.boxes, anchors)  # (B, G, A)
-    iou.masked_fill_(~targets.valid[..., None], -1.0)
-    best_iou = iou.amax(dim=1)
+    # Padding is made to overlap nothing.
+    boxes = targets.boxes.masked_fill(~targets.valid[..., None], 0)
+    iou = pairwise_iou(boxes, anchors)  # (B, G, A)
+    best_iou, best_truth = iou.max(dim=1)
     matched = best_iou >= threshold
     if keep_ties:
         # A ground truth that touches no anchor would be as near to all of them.
         highest = iou.amax(dim=2, keepdim=True).clamp(min=torch.finfo(iou.dtype).tiny)
         matched |= (iou >= highest).any(dim=1)
-    match = targets.labels.new_full(best_iou.shape, UNMATCHED)
+    match = torch.where(matched, best_truth, UNMATCHED)
     if background_threshold is not None:
-        match.masked_fill_(best_iou >= background_threshold, IGNORED)
-    # Few are matched: the ground truths are looked up for those alone.
-    images, places = matched.nonzero(as_tuple=True)
-    match[images, places] = iou[images, :, places].argmax(dim=1)
+        match.masked_fill_(~matched & (best_iou >= background_threshold), IGNORED)
     if keep_ties:
         return match
 
-    best_anchor = iou.argmax(dim=2).masked_fill_(~targets.valid, -1)  # (B, G)
-    # The first of those that take the same.
-    lowest = (best_anchor[:, :, None] == best_anchor[:, None, :]).int().argmax(dim=2)
-    images, truths = targets.valid.nonzero(as_tuple=True)
-    match[images, best_anchor[images, truths]] = lowest[images, truths]
-    return match
+    truths = torch.arange(num_truths, device=match.device).where(targets.valid, num_truths)
+    taken = torch.full_like(match, num_truths)
+    # The lowest of those that take the same.
+    taken.scatter_reduce_(1, iou.max(dim=2).indices, truths, "amin")
+    return torch.where(taken < num_truths, taken, match)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import nms
 
@@ -15,7 +14,7 @@ from detection.structures import Detections, RawPredictions
 # Boxes of a batch up to which comparing all with all takes less time than rounds, on a CPU.
 MAX_PAIRED = 1500
 # Scores that are sorted or left out together.
-BLOCK = 10
+ROWS = 8
 
 
 class Postprocess(nn.Module):
@@ -89,46 +88,38 @@ class Postprocess(nn.Module):
 
     def _select(self, predictions: RawPredictions) -> tuple[Tensor, Tensor, Tensor]:
         """The candidates, best first: score, anchor and label of each, (B, N)."""
-        maxima = predictions.logits[..., predictions.num_background :].amax(2)
+        logits = predictions.logits[..., predictions.num_background :]
+        num_classes = logits.shape[2]
         sizes = predictions.level_sizes if self.per_level else ()
         starts = accumulate(sizes[:-1], initial=0)
         best = []
-        for level, start in zip(maxima.split(sizes or maxima.shape[1], 1), starts, strict=True):
-            # The k best pairs are on the k anchors of the best maxima: few of all are sorted.
-            anchors = level.topk(min(self.num_candidates, level.shape[1]), dim=1).indices + start
-            best.append(_select_pairs(predictions, anchors, self.num_candidates))
-        scores, anchors, labels = (torch.cat(fields, 1) for fields in zip(*best, strict=True))
+        for level, start in zip(logits.split(sizes or logits.shape[1], 1), starts, strict=True):
+            pairs = level.flatten(1)
+            scores, places = _top(pairs, min(self.num_candidates, pairs.shape[1]))
+            best.append((scores, places + num_classes * start))
+        scores, places = (torch.cat(fields, 1) for fields in zip(*best, strict=True))
         if len(best) > 1:
             scores, order = scores.sort(1, descending=True)
-            anchors, labels = anchors.gather(1, order), labels.gather(1, order)
-        return scores.float().sigmoid(), anchors, labels
-
-
-def _select_pairs(
-    predictions: RawPredictions, anchors: Tensor, num_pairs: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The best (anchor, class) pairs on anchors (B, n): logit, anchor and label, (B, N)."""
-    batch, num_anchors, num_slots = predictions.logits.shape
-    num_classes = num_slots - predictions.num_background
-    first = num_anchors * torch.arange(batch, device=anchors.device)[:, None]
-    rows = predictions.logits.flatten(0, 1).index_select(0, (anchors + first).flatten())
-    rows = rows[:, predictions.num_background :].reshape(batch, anchors.shape[1] * num_classes)
-    best, pairs = _top(rows, min(num_pairs, rows.shape[1]))
-    return best, anchors.gather(1, pairs // num_classes), pairs % num_classes
+            places = places.gather(1, order)
+        return scores.float().sigmoid(), places // num_classes, places % num_classes
 
 
 def _top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of each row of values (B, N), and their places."""
-    blocks = F.pad(values, (0, -values.shape[1] % BLOCK), value=-torch.inf)
-    blocks = blocks.unflatten(1, (-1, BLOCK))
-    if blocks.shape[1] <= k:
+    """The k best of each row of values (B, N), best first, and their places."""
+    num_columns = values.shape[1] // ROWS
+    if num_columns <= k:
         return values.topk(k, dim=1)
-    # They are in the k blocks of the best maxima: few of all are sorted.
-    places = blocks.amax(2).topk(k, dim=1).indices
-    best, order = blocks.gather(1, places[..., None].expand(-1, -1, BLOCK)).flatten(1).topk(k, 1)
-    places = places.gather(1, order // BLOCK) * BLOCK + order % BLOCK
-    # Where all that is left is -inf, padding may be among it.
-    return best, places.clamp(max=values.shape[1] - 1)
+    # As a table they are in the k columns of the best maxima, or in what is left over: few of all
+    # are sorted. The maximum across rows takes a fraction of that of neighbours.
+    starts = num_columns * torch.arange(ROWS, device=values.device)[:, None]
+    left_over = torch.arange(ROWS * num_columns, values.shape[1], device=values.device)
+    table = values[:, : ROWS * num_columns].unflatten(1, (ROWS, num_columns))
+    _, columns = _top(table.amax(1), k)
+    places = torch.cat(
+        [(columns[:, None] + starts).flatten(1), left_over.expand(values.shape[0], -1)], dim=1
+    )
+    best, order = values.gather(1, places).topk(k, dim=1)
+    return best, places.gather(1, order)
 
 
 def _suppress(
@@ -155,9 +146,36 @@ def _suppress(
     Returns:
         (B, N) bool, True to keep.
     """
-    images, ranks = (scores > score_threshold).nonzero(as_tuple=True)
-    boxes, scores = boxes[images, ranks], scores[images, ranks]
-    groups = labels[images, ranks] + num_classes * images
+    groups = labels + num_classes * torch.arange(len(labels), device=labels.device)[:, None]
+    left = scores > score_threshold
+    survives = torch.zeros_like(visible)
+    few = 3 * num_needed
+    if few < left.shape[1]:
+        # Only better boxes suppress: what is needed is often found among the few best.
+        best = left.clone()
+        best[:, few:] = False
+        survives = _survivors(best, boxes, scores, groups, visible, iou_threshold, num_needed)
+        is_short = (survives & visible).sum(1) < num_needed
+        left &= (is_short & left[:, few])[:, None]
+    if left.any():
+        survives |= _survivors(left, boxes, scores, groups, visible, iou_threshold, num_needed)
+    return survives
+
+
+def _survivors(
+    left: Tensor,
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor,
+    visible: Tensor,
+    iou_threshold: float,
+    num_needed: int,
+) -> Tensor:
+    """`_suppress` of those that left (B, N) has, within groups (B, N)."""
+    places = left.flatten().nonzero()[:, 0]
+    boxes, scores, groups, visible = (
+        field.flatten(0, 1)[places] for field in (boxes, scores, groups, visible)
+    )
     if boxes.is_cuda or len(boxes) <= MAX_PAIRED:
         # Each group is moved to a place of its own. In float64, as the distance would cost float32
         # its fractions of a pixel.
@@ -165,10 +183,10 @@ def _suppress(
         kept = nms(boxes.double() + (groups * span)[:, None], scores.double(), iou_threshold)
     else:
         # Boxes that cannot be seen survive, but do not count.
-        num_rounds = num_needed + int((~visible[images, ranks]).sum())
+        num_rounds = num_needed + int((~visible).sum())
         kept = _suppress_in_rounds(boxes, groups, iou_threshold, num_rounds)
-    survives = torch.zeros_like(visible)
-    survives[images[kept], ranks[kept]] = True
+    survives = torch.zeros_like(left)
+    survives.view(-1)[places[kept]] = True
     return survives
 
 

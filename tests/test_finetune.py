@@ -86,6 +86,7 @@ def test_a_checkpoint_goes_on_with_other_classes(finetune: Callable[..., Path], 
     log = (folder / "train.log").read_text()
     assert "classes it keeps (2): triangle, circle" in log
     assert "classes that start anew (2): square, star" in log
+    assert "classes of it that the data lacks (1): ring" in log
 
     before, after = load_checkpoint(source), load_checkpoint(folder / "checkpoints" / "last.pt")
     assert [name for _, name in after["categories"]] == ["square", "triangle", "circle", "star"]
@@ -93,6 +94,7 @@ def test_a_checkpoint_goes_on_with_other_classes(finetune: Callable[..., Path], 
     assert new["backbone"] == old["backbone"] | {"frozen_stages": 2, "freeze_batch_norm": True}
     for key in ("input_size", "extras", "head", "criterion", "postprocess"):
         assert new[key] == old[key]
+    num_frozen = 0
     for name, tensor in after["model"].items():
         # Blocks 1 and 2 end at stride 4.
         in_stages = name.startswith(
@@ -100,8 +102,10 @@ def test_a_checkpoint_goes_on_with_other_classes(finetune: Callable[..., Path], 
         )
         if in_stages or (name.startswith("backbone.") and ".norm." in name):
             assert tensor.equal(before["ema"][name]), name
+            num_frozen += tensor.numel() if name.endswith((".weight", ".bias")) else 0
         elif name.endswith("pointwise.conv.weight"):
             assert not tensor.equal(before["ema"][name]), name
+    assert f"{num_frozen:,} of the parameters are frozen" in log
 
 
 def test_a_model_can_be_chosen(finetune: Callable[..., Path], source: Path, tiny_model: list[str]):

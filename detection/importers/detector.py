@@ -20,6 +20,8 @@ from detection.models.ssd import SSD
 from detection.structures import Category
 
 DOWNLOAD = "torchvision:"
+# Slots of no class, here and in torchvision's lists.
+NAMELESS = {"", "__background__", "N/A"}
 
 
 def start_detector(
@@ -76,7 +78,7 @@ def load_detector(
         generator: of the experts' differences; None takes the default one.
 
     Returns:
-        What was kept and what starts anew, a printable line each.
+        What was kept, what starts anew and what is left out, a printable line each.
 
     Raises:
         UserError: where the source cannot be had, or its weights do not fit.
@@ -102,10 +104,12 @@ def load_detector(
 
     known = [category.name for category in categories if category.name in slot_names]
     new = [category.name for category in categories if category.name not in slot_names]
+    dropped = [name for name in slot_names if name not in NAMELESS and name not in labels]
     return [
         f"the detector starts from {source}",
         f"classes it keeps ({len(known)}): {_join(known)}",
         f"classes that start anew ({len(new)}): {_join(new)}",
+        f"classes of it that the data lacks ({len(dropped)}): {_join(dropped)}",
     ]
 
 

@@ -256,14 +256,17 @@ def test_code_weights_reach_the_codes() -> None:
 
 def test_division_by_the_matches_of_each_image() -> None:
     predictions, targets = make_batch()
+    leaves = [predictions.logits.requires_grad_(), predictions.deltas.requires_grad_()]
     whole = FocalCriterion(per_image=True)(predictions, targets)
     assert whole.num_matches == 3
-    sums = {"classification": 0.0, "localization": 0.0}
+    sums = dict.fromkeys(whole.sums, torch.zeros(()))
     for image in range(3):
         losses = FocalCriterion()(*select(predictions, targets, slice(image, image + 1)))
         for name, value in losses.sums.items():
-            sums[name] += value.item() / max(losses.num_matches.item(), 1)
-    assert {name: value.item() for name, value in whole.sums.items()} == pytest.approx(sums)
+            sums[name] = sums[name] + value / losses.num_matches.clamp(min=1)
+    torch.testing.assert_close(whole.sums, sums)
+    gradients = (torch.autograd.grad(sum(losses.values()), leaves) for losses in (whole.sums, sums))
+    torch.testing.assert_close(*gradients)
 
 
 def test_unknown_box_loss() -> None:

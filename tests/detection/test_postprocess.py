@@ -105,11 +105,12 @@ def test_few_candidates_are_exact_where_the_places_are_filled() -> None:
 
 @pytest.mark.parametrize("num_finite", [4, 1200])
 def test_candidates_are_the_best_pairs(num_finite: int) -> None:
-    """Of so many that they are looked for in blocks; the last block is cut short."""
+    """Of so many that they are looked for in columns of a table; the best one is left over."""
     num_anchors, num_classes, k = 30, 43, 6
     logits = torch.full((2, num_anchors * num_classes), -torch.inf)
     for image in logits:
-        image[torch.randperm(len(image))[:num_finite]] = torch.linspace(-3, 3, num_finite)
+        image[torch.randperm(len(image) - 1)[:num_finite]] = torch.linspace(-3, 3, num_finite)
+        image[-1] = 4
     predictions = RawPredictions(
         deltas=torch.zeros(2, num_anchors, 4),
         logits=logits.view(2, num_anchors, num_classes),
@@ -117,8 +118,9 @@ def test_candidates_are_the_best_pairs(num_finite: int) -> None:
         num_background=0,
     )
     found = Postprocess(iou_threshold=1.0, num_candidates=k)(predictions, SIZE)
-    assert found.valid.sum(1).tolist() == [min(num_finite, k)] * 2
-    best, pairs = logits.topk(min(num_finite, k), dim=1)
+    num_found = min(num_finite + 1, k)
+    assert found.valid.sum(1).tolist() == [num_found] * 2
+    best, pairs = logits.topk(num_found, dim=1)
     assert found.scores[found.valid].equal(best.sigmoid().flatten())
     assert found.labels[found.valid].equal((pairs % num_classes).flatten())
 
@@ -297,6 +299,31 @@ def test_a_long_chain() -> None:
     detections = Postprocess(iou_threshold=0.5, max_detections=200)(predictions, 400)
     kept = detections.boxes[0][detections.valid[0]]
     assert kept.tolist() == boxes[::2]
+
+
+def test_what_is_needed_may_lie_beyond_the_best() -> None:
+    """Two detections are first looked for among the best six of each image."""
+    crowd = [[0, 0, 10, 10 - 0.1 * i] for i in range(6)]
+    apart = [[20, 0, 30, 10], [40, 0, 50, 10]]
+    outside = [[-40, 0, -30, 10]]
+    rankings = [
+        [*crowd[:5], *apart, crowd[5], *outside],  # two survive
+        [*crowd, *apart, *outside],  # one
+        [*outside, *crowd[:5], *apart, crowd[5]],  # two, of which one cannot be seen
+    ]
+    boxes = [*crowd, *apart, *outside]
+    logits = torch.tensor([[[9.0 - ranking.index(box)] for box in boxes] for ranking in rankings])
+    predictions = RawPredictions(
+        deltas=torch.zeros(3, len(boxes), 4),
+        logits=logits,
+        anchors=torch.tensor(boxes),
+        num_background=0,
+    )
+    detections = Postprocess(max_detections=2)(predictions, SIZE)
+    assert detections.boxes.tolist() == [[crowd[0], apart[0]]] * 3
+    # All six are good enough, and no other one is.
+    sure = Postprocess(max_detections=2, score_threshold=torch.tensor(3.5).sigmoid().item())
+    assert sure(predictions, SIZE).valid.sum(1).tolist() == [2, 1, 1]
 
 
 def test_clip_first() -> None:

@@ -80,6 +80,7 @@ def test_classes_are_kept_by_name(tmp_path: Path, kind: str, num_experts: int) -
         f"the detector starts from {path}",
         "classes it keeps (2): bird, cat",
         "classes that start anew (2): ship, tree",
+        "classes of it that the data lacks (1): dog",
     ]
     expected, expected_background = class_logits(source, images)
     logits, background = class_logits(network, images)
@@ -119,7 +120,11 @@ def test_the_moving_average_is_taken(tmp_path: Path) -> None:
 def test_no_class_in_common(tmp_path: Path) -> None:
     path = save(tmp_path / "a.pt", make_network("ssd", 3), SOURCE)
     lines = load_detector(make_network("ssd", 1), path, [Category(1, "cell")])
-    assert lines[1:] == ["classes it keeps (0): none", "classes that start anew (1): cell"]
+    assert lines[1:] == [
+        "classes it keeps (0): none",
+        "classes that start anew (1): cell",
+        "classes of it that the data lacks (3): cat, dog, bird",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -190,6 +195,8 @@ def test_torchvisions_coco_weights(
     assert lines[1:] == [
         "classes it keeps (2): toothbrush, person",
         "classes that start anew (1): ship",
+        "classes of it that the data lacks (78): bicycle, car, motorcycle, airplane, bus, train, "
+        "truck, boat, traffic light, fire hydrant and 68 more",
     ]
     assert any(isinstance(m, CondConv2d) for m in network.modules()) == (num_experts > 1)
     images = torch.randn(2, 3, 64, 64)
