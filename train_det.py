@@ -64,6 +64,7 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
     from detection.engine.evaluate import Evaluation, evaluate
     from detection.engine.inputs import TrainingInputs
     from detection.engine.loggers import Logger, NoLogger
+    from detection.engine.memory import keep_freed_memory
     from detection.engine.optimization import average_weights, build_optimizer
     from detection.engine.processes import join_processes, launcher
     from detection.engine.run_folder import LOGGER, RunFolder, read_json, start_logging
@@ -97,6 +98,8 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
         # Everything is checked and built before the run folder is touched.
         start_logging(console, None, is_main=processes.is_main)
         settings.check_shares(processes.world_size)
+        if settings.keep_memory and processes.device.type == "cpu":
+            keep_freed_memory()
         folder = RunFolder(processes.share(content["run_dir"]))
         checkpoint = None
         if not content["resume"]:
@@ -168,6 +171,9 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
             count_parameters(network) / 1e6,
             folder.path,
         )
+        frozen = sum(item.numel() for item in network.parameters() if not item.requires_grad)
+        if frozen:
+            LOGGER.info("%s of the parameters are frozen", f"{frozen:,}")
         for line in [*started, *train_index.describe(), *val_index.describe()]:
             LOGGER.info(line)
         ground_truth = val_index.ground_truth()

@@ -1,7 +1,7 @@
 """Whole training steps, data included, against torchvision's reference training loop.
 
     python benchmarks/bench_training.py [--quick] [--rounds 5] [--steps 6] [--output FILE] \\
-        [group=option ...] [key=value ...]
+        [--their-precision fp32] [group=option ...] [key=value ...]
 
 The overrides are those of train_det.py. Both sides train the same static SSD300 on the same files
 with the same batch, number of workers and threads. What stands around the network is on the one
@@ -9,6 +9,10 @@ side this project's, on the other torchvision's: `CocoDetection`, the transforms
 references/detection (preset "ssd"), its collate, `torchvision.models.detection.SSD` with its
 resize, matching and loss, and the steps of its `train_one_epoch`. Both augment with colours,
 zoom-out, crop and flip; ours also keeps a moving average of the weights.
+
+Ours has the options of train_det.py: by default `trainer.channels_last` and, on a CPU,
+`trainer.keep_memory`; torchvision's reference has neither. As keeping memory would help any loop,
+torchvision's is timed a second time with it.
 
 Each side has a process of its own, and they run in turn, round after round; a ratio above 1 means
 that ours is faster. Then it says where the time of a step of ours goes; `loading` is the wait for
@@ -46,12 +50,14 @@ from detection.data.coco import CocoIndex
 from detection.data.dataset import find_shorter_side
 from detection.data.sources import load_split
 from detection.engine.inputs import TrainingInputs
+from detection.engine.memory import keep_freed_memory
 from detection.engine.optimization import average_weights, build_optimizer
 from detection.engine.processes import Processes, choose_device
-from detection.engine.settings import TrainerSettings
+from detection.engine.settings import PRECISIONS, TrainerSettings
 from detection.engine.state import TrainState
 from detection.engine.stop import StopRequest
 from detection.engine.train import (
+    AUTOCAST_DTYPES,
     accept_sizes,
     make_loader,
     prepare_network,
@@ -67,6 +73,7 @@ COMMON = (
     *("data.augmentation.photometric=0.5", "data.augmentation.zoom_out=0.5"),
 )
 QUICK = ("model.width=0.25", "model.input_size=64", "trainer.batch_size=2")
+OURS, THEIRS, KEEPING = "ours", "torchvision", "torchvision, memory kept"
 PARTS = ("loading", "preprocess", "forward", "loss", "backward", "optimizer", "average, schedule")
 
 
@@ -147,10 +154,9 @@ def make_ours(setting: Setting) -> tuple[Callable[[], float], Callable[[int], di
     batches = iter(make_loader(inputs.dataset, 0, settings, 0, processes))
     preprocess = parts.preprocess.to(processes.device)
 
-    def step(modules: tuple[nn.Module, ...] = (network, preprocess, parts.criterion)) -> float:
-        network, preprocess, criterion = modules
+    def step() -> float:
         losses, _ = take_step(
-            *(state, network, [next(batches)], inputs, preprocess, criterion),
+            *(state, network, [next(batches)], inputs, preprocess, parts.criterion),
             *(settings, processes, StopRequest()),
         )
         return losses["loss"]
@@ -275,6 +281,8 @@ def make_theirs(setting: Setting) -> Callable[[], float]:
 
     batches = iter(loader)
     device = processes.device
+    dtype = AUTOCAST_DTYPES.get(settings.precision)
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
 
     def step() -> float:
         images, targets = next(batches)
@@ -288,14 +296,16 @@ def make_theirs(setting: Setting) -> Callable[[], float]:
             }
             for target in targets
         ]
-        losses = model(images, targets)
-        total = sum(losses.values())
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            losses = model(images, targets)
+            total = sum(losses.values())
         value = total.item()
         if not math.isfinite(value):
             raise SystemExit(f"torchvision's loss is {value}")
         optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
+        scaler.scale(total).backward()
+        scaler.step(optimizer)
+        scaler.update()
         schedule.step()
         return value
 
@@ -318,7 +328,9 @@ def serve(
     multiprocessing.set_start_method(start_method, force=True)  # of the loader's workers
     torch.set_num_threads(num_threads)
     setting = read_setting(overrides)
-    step, profile = make_ours(setting) if side == "ours" else (make_theirs(setting), None)
+    if side == KEEPING or (side == OURS and keeps_memory(setting)):
+        keep_freed_memory()
+    step, profile = make_ours(setting) if side == OURS else (make_theirs(setting), None)
     step()
     pipe.send(None)
     while num_steps := pipe.recv():
@@ -332,16 +344,24 @@ def serve(
     pipe.send(profile(pipe.recv()) if profile else None)
 
 
+def keeps_memory(setting: Setting) -> bool:
+    return setting.settings.keep_memory and setting.processes.device.type == "cpu"
+
+
 def compare(
-    overrides: list[str], *, num_rounds: int, num_steps: int, num_threads: int
+    sides: dict[str, list[str]], *, num_rounds: int, num_steps: int, num_threads: int
 ) -> dict[str, Any]:
-    """Seconds a step of each side in each round, peak memory, and ours in parts."""
+    """Seconds a step of each side in each round, peak memory, and ours in parts.
+
+    Args:
+        sides: overrides by the name of the side.
+    """
     context = multiprocessing.get_context("spawn")
-    seconds: dict[str, list[float]] = {"ours": [], "torchvision": []}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
     memory, profiles = {}, {}
     with ExitStack() as stack:  # closes the pipes on an error, which ends the processes
         pipes = {}
-        for side in seconds:
+        for side, overrides in sides.items():
             pipes[side], other = map(stack.enter_context, context.Pipe())
             arguments = (side, overrides, num_threads, multiprocessing.get_start_method(), other)
             context.Process(target=serve, args=arguments).start()
@@ -354,33 +374,31 @@ def compare(
         for side, pipe in pipes.items():
             pipe.send(0)
             memory[side] = pipe.recv()
-            if side == "ours":
+            if side == OURS:
                 pipe.send(num_steps)
             profiles[side] = pipe.recv()
-    return {"seconds": seconds, "memory": memory, "profile": profiles["ours"]}
+    return {"seconds": seconds, "memory": memory, "profile": profiles[OURS]}
 
 
 def describe(found: dict[str, Any], batch_size: int) -> str:
     """The measurements for people."""
-    lines = [f"{'':12} {'steps/s':>8} {'images/s':>9} {'spread':>14} {'peak MiB':>9}"]
+    lines = [f"{'':24} {'steps/s':>8} {'images/s':>9} {'spread':>14} {'peak MiB':>9}"]
     for side, seconds in found["seconds"].items():
         median = statistics.median(seconds)
         spread = f"{1 / max(seconds):.3f}..{1 / min(seconds):.3f}"
         lines.append(
-            f"{side:12} {1 / median:8.3f} {batch_size / median:9.1f} {spread:>14} "
+            f"{side:24} {1 / median:8.3f} {batch_size / median:9.1f} {spread:>14} "
             f"{found['memory'][side]:9.0f}"
         )
-    ratios = [
-        theirs / ours
-        for ours, theirs in zip(
-            found["seconds"]["ours"], found["seconds"]["torchvision"], strict=True
-        )
-    ]
-    lines.append(
-        f"ours is {statistics.median(ratios):.2f} times as fast "
-        f"({min(ratios):.2f} to {max(ratios):.2f}) and takes "
-        f"{found['memory']['ours'] / found['memory']['torchvision']:.2f} of the memory"
-    )
+    own = found["seconds"][OURS]
+    for side, seconds in found["seconds"].items():
+        if side != OURS:
+            ratios = [theirs / ours for ours, theirs in zip(own, seconds, strict=True)]
+            lines.append(
+                f"ours is {statistics.median(ratios):.2f} times as fast as {side} "
+                f"({min(ratios):.2f} to {max(ratios):.2f}) and takes "
+                f"{found['memory'][OURS] / found['memory'][side]:.2f} of its memory"
+            )
     total = sum(found["profile"].values())
     lines.append(f"\na step of ours in parts, {1000 * total:.0f} ms in all:")
     for name, seconds in found["profile"].items():
@@ -396,6 +414,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6, help="of each side in a round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--their-precision", choices=PRECISIONS, help="of torchvision's side; else that of ours"
+    )
     parser.add_argument("--output", type=Path, help="write the measurements as JSON")
     args, given = parser.parse_known_args(arguments)
     overrides = [*COMMON, *(QUICK if args.quick else ()), *given]
@@ -404,18 +425,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setting = read_setting(overrides)
     except UserError as error:
         fail(error)
-    batch_size, device = setting.settings.batch_size, setting.processes.device
+    settings = setting.settings
+    their_precision = args.their_precision or settings.precision
+    theirs = [*overrides, f"trainer.precision={their_precision}"]
+    sides = {OURS: overrides, THEIRS: theirs}
+    if keeps_memory(setting):
+        sides[KEEPING] = theirs
     print(
         f"{len(setting.index)} images of {setting.index.annotations_file}; input "
-        f"{setting.parts.network.input_size}, batch {batch_size}, "
-        f"{setting.settings.num_workers} worker(s), {args.threads} thread(s), {device}, "
-        f"{setting.settings.precision}, torch {torch.__version__}",
+        f"{setting.parts.network.input_size}, batch {settings.batch_size}, "
+        f"{settings.num_workers} worker(s), {args.threads} thread(s), {setting.processes.device}, "
+        f"{settings.precision} against {their_precision}, torch {torch.__version__}",
         flush=True,
     )
-    found = compare(
-        overrides, num_rounds=args.rounds, num_steps=args.steps, num_threads=args.threads
-    )
-    print(describe(found, batch_size))
+    found = compare(sides, num_rounds=args.rounds, num_steps=args.steps, num_threads=args.threads)
+    print(describe(found, settings.batch_size))
     if args.output:
         args.output.write_text(json.dumps(found, indent=2))
 

@@ -119,7 +119,7 @@ def make_step(row: Row, device: torch.device, compiler: str) -> Callable[[], obj
         {"_target_": "torch.optim.SGD", "lr": 1e-3, "momentum": 0.9, "fused": True}, network
     )
     preprocess = parts.preprocess.to(device)
-    run = torch.compile(network, backend=compiler) if row.compiled else network
+    run = torch.compile(network, dynamic=False, backend=compiler) if row.compiled else network
     targets = make_targets(row.batch_size, size, device)
     batches = make_batches(row.batch_size, size, row.cached, device)
 

@@ -142,6 +142,29 @@ def test_resumed_equals_uninterrupted(run: Callable[..., Path]):
     assert steps == sorted(set(steps), key=lambda pair: (pair[1], pair[0] != "train"))
 
 
+@pytest.mark.parametrize("wish", [True, False])
+def test_memory_is_kept_where_asked(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, wish: bool
+):
+    asked: list[bool] = []
+    monkeypatch.setattr("detection.engine.memory.keep_freed_memory", lambda: asked.append(True))
+    run("trainer.steps=1", f"trainer.keep_memory={str(wish).lower()}")
+    assert asked == [True] * wish
+
+
+def test_keeping_memory_changes_nothing(
+    run_script: Callable[..., tuple[int, str]],
+    tiny_model: list[str],
+    tiny_data: list[str],
+    tmp_path: Path,
+):
+    for wish in ("true", "false"):
+        options = ["trainer.steps=2", f"trainer.keep_memory={wish}", f"run_dir={tmp_path / wish}"]
+        status, printed = run_script("train_det.py", *tiny_model, *tiny_data, *options)
+        assert status == 0, printed
+    assert_equal_weights(tmp_path / "true", tmp_path / "false")
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 

@@ -37,8 +37,8 @@ class Sample(NamedTuple):
         boxes: (N, 4) float32, xyxy in input pixels.
         labels: (N,) int64, contiguous from 0.
         image_id: the data set's own id.
-        size: (height, width) of the image as it was read: what the data set states, or shrunk; of
-            several put together, of what they became.
+        size: (height, width) of the image as the data set states them, and of several put together,
+            of what they became; with `draws`, of the image as it was read, shrunk or not.
         unreadable: "file: reason" of each image that could not be read on the way.
         draws: (D,) float32 uniform in [0, 1), the item's randomness for what is done to a batch on
             the device; None where nothing is.
@@ -155,10 +155,18 @@ class DetectionDataset(Dataset[Sample]):
             boxes=boxes.as_subclass(Tensor),
             labels=labels,
             image_id=self.index.image_ids[first],
-            size=(pictures[0].boxes if len(pictures) == 1 else boxes).canvas_size,
+            size=self._original_size(pictures, boxes),
             unreadable=tuple(name for picture in pictures for name in picture.unreadable),
             draws=torch.rand(self.num_draws) if self.num_draws else None,
         )
+
+    def _original_size(
+        self, pictures: list[Picture], boxes: tv_tensors.BoundingBoxes
+    ) -> tuple[int, int]:
+        if len(pictures) > 1:
+            return boxes.canvas_size
+        # What happens on the device starts from the image as it was read.
+        return pictures[0].boxes.canvas_size if self.num_draws else self.index.sizes[pictures[0].i]
 
     def _read(self, first: int) -> Picture:
         unreadable: list[str] = []

@@ -29,6 +29,8 @@ class TrainerSettings:
         gradient_clip_norm: largest norm of the gradient; None does not clip.
         ema_decay: of the moving average of the weights; None keeps none.
         channels_last: run the network in this memory format.
+        keep_memory: on a CPU, memory freed in a step stays with the process for the next; changes
+            no result.
         freeze_batch_norm: batch norm in inference mode from the start.
         sync_batch_norm: batch statistics over all processes (GPU only).
         deterministic: only deterministic kernels (matters on a GPU).
@@ -50,6 +52,7 @@ class TrainerSettings:
     gradient_clip_norm: float | None = None
     ema_decay: float | None = None
     channels_last: bool = False
+    keep_memory: bool = True
     freeze_batch_norm: bool = False
     sync_batch_norm: bool = False
     deterministic: bool = False
