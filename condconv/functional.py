@@ -24,7 +24,6 @@ MAX_PATCHES = 128  # output positions up to which gathering the patches of a k x
 MAX_ROWS = 64  # output positions up to which products of rows pay: more are not worth a copy
 MAX_GROUPED_BYTES = 32 * 2**20  # of the batch's mixed kernels, up to which one convolution pays
 MIN_LOOPED_BYTES = 2**18  # of an example's input, from which a copy of it costs more than a call
-MAX_INPUT_BYTES = 4 * 2**20  # of the input of such a convolution, where kernels have groups
 MIXED_BYTES = 8 * 2**20  # mixed kernels at a time,
 MAX_EXAMPLES = 8  # of this many examples: with more, the stores of the mixing collide in the cache
 MIN_SHARED = 2**17  # elements of one example's kernel from which threads share out the mixing
@@ -126,7 +125,6 @@ def condconv2d(
         strategy: how to execute; None chooses from the shapes.
             "matmul": matrix products on the input's patches.
             "grouped": one convolution in which each example is a group; exports fix the batch.
-                On a CPU, one for a few examples each where the kernels have groups themselves.
             "loop": one convolution an example; exports fix the batch.
             The backward pass mixes the kernels again instead of keeping B of them: always with
             "matmul", with the others where they take more than the input and the experts. There is
@@ -228,8 +226,14 @@ def _mix(
     """weight (E, O, ...), routing_weights (B, E) -> the kernels of all examples (-1, *shape)."""
     experts = weight.flatten(1)
     num_parts = math.gcd(experts.shape[1], 8)
-    if routing_weights.shape[0] == 1 and experts.shape[1] >= MIN_SHARED and num_parts > 1:
-        # In parts, as a product with a single row takes a single thread.
+    if (
+        routing_weights.shape[0] == 1
+        and experts.shape[1] >= MIN_SHARED
+        and num_parts > 1
+        and not _need_gradients(routing_weights, weight)
+    ):
+        # In parts, as a product with a single row takes a single thread. Their derivative would
+        # need memory for a second copy.
         parts = experts.unflatten(1, (num_parts, -1)).transpose(0, 1)
         kernels = torch.bmm(routing_weights.expand(num_parts, -1, -1), parts)
     else:
@@ -245,33 +249,15 @@ def _need_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _count_at_once(x: Tensor, weight: Tensor, geometry: _Geometry, strategy: Strategy) -> int:
-    """How many examples one convolution takes.
-
-    With groups, it takes longer to bring the maps into the layout of the kernels than to convolve
-    them: some at a time stay in the cache, and in memory that need not be asked for anew.
-    """
-    batch = x.shape[0]
-    if strategy == "loop":
-        return 1
-    if geometry.groups == 1 or x.device.type != "cpu":
-        return batch
-    num_bytes = x.numel() * x.element_size()
-    if num_bytes <= MAX_INPUT_BYTES:
-        return batch
-    # Powers of two, as they share out most batches evenly.
-    return 2 ** int(math.log2(max(MAX_INPUT_BYTES * batch / num_bytes, 1)))
-
-
-def _keeps_kernels(x: Tensor, weight: Tensor, geometry: _Geometry, strategy: Strategy) -> bool:
+def _keeps_kernels(x: Tensor, weight: Tensor, strategy: Strategy) -> bool:
     """Whether to keep mixed kernels for the backward pass, or to mix them again.
 
     Where they take less than the input or the experts, which are there in any case, mixing again
     saves little memory.
     """
-    batch, num_experts = x.shape[0], weight.shape[0]
-    if strategy == "matmul" or _count_at_once(x, weight, geometry, strategy) < batch:
+    if strategy != "grouped":
         return False
+    batch, num_experts = x.shape[0], weight.shape[0]
     return batch <= num_experts or batch * weight.numel() <= num_experts * x.numel()
 
 
@@ -279,7 +265,7 @@ def _execute(
     x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: _Geometry, strategy: Strategy
 ) -> Tensor:
     inputs = (x, weight, routing_weights)
-    if _need_gradients(*inputs) and not _keeps_kernels(x, weight, geometry, strategy):
+    if _need_gradients(*inputs) and not _keeps_kernels(x, weight, strategy):
         y = _Mixed.apply(*inputs, geometry, strategy)
         assert isinstance(y, Tensor)
         return y
@@ -306,8 +292,9 @@ class _Mixed(torch.autograd.Function):
             patches = _gather_patches(x, weight, geometry)
             y = _matmul(patches, weight.flatten(2), routing_weights, geometry.groups)
             return y.unflatten(2, _output_size(x, weight, geometry))
-        at_once = _count_at_once(x, weight, geometry, strategy)
-        return _convolve(x, weight, routing_weights, geometry, at_once)
+        if strategy == "grouped":
+            return _convolve(x, weight, routing_weights, geometry)
+        return _convolve_in_turn(x, weight, routing_weights, geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -345,31 +332,27 @@ def _differentiate(
             None if grad_weight is None else grad_weight.view_as(weight),
             grad_routing,
         )
-    at_once = _count_at_once(x, weight, geometry, strategy)
+    at_once = x.shape[0] if strategy == "grouped" else 1
     return _differentiate_convolution(grad_y, x, weight, routing_weights, geometry, at_once, needs)
 
 
-def _convolve(
-    x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: _Geometry, at_once: int
-) -> Tensor:
-    """`at_once` examples are the groups of one convolution."""
-    batch, out_channels = x.shape[0], weight.shape[1]
+def _convolve(x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: _Geometry) -> Tensor:
+    """All examples are the groups of one convolution."""
+    batch = x.shape[0]
     stride, padding, dilation, groups = geometry
+    kernels = _mix(weight, routing_weights, x.dtype, weight.shape[2:])
+    y = F.conv2d(_join_examples(x), kernels, None, stride, padding, dilation, batch * groups)
+    return y if batch == 1 else y.view(batch, -1, *y.shape[2:])
+
+
+def _convolve_in_turn(
+    x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: _Geometry
+) -> Tensor:
     y = None
-    for examples in _slices(batch, max(at_once, MAX_EXAMPLES)):
-        weights = routing_weights if at_once >= batch else routing_weights[examples]
-        kernels = _mix(weight, weights, x.dtype, weight.shape[2:])
-        for first in range(examples.start, examples.stop, at_once):
-            inputs = x[first : first + at_once] if at_once < batch else x
-            num = inputs.shape[0]
-            start = (first - examples.start) * out_channels
-            own = kernels[start : start + num * out_channels]
-            piece = F.conv2d(
-                _join_examples(inputs), own, None, stride, padding, dilation, num * groups
-            )
-            if num > 1:
-                piece = piece.view(num, -1, *piece.shape[2:])
-            y = _put(piece, y, first, batch)
+    for examples in _slices(x.shape[0], MAX_EXAMPLES):
+        kernels = _mix(weight, routing_weights[examples], x.dtype, weight.shape[1:])
+        for i, kernel in enumerate(kernels, examples.start):
+            y = _put(F.conv2d(x[i : i + 1], kernel, None, *geometry), y, i, x.shape[0])
     assert y is not None
     return y
 

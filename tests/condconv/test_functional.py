@@ -158,22 +158,11 @@ def use_small_blocks(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("strategy", [None, *STRATEGIES])
 @settings(derandomize=True, max_examples=60, deadline=None)
-@given(
-    case=cases(),
-    small_blocks=st.booleans(),
-    keeps_kernels=st.booleans(),
-    at_once=st.sampled_from([1, 2, None]),
-)
+@given(case=cases(), small_blocks=st.booleans(), keeps_kernels=st.booleans())
 def test_outputs_and_gradients_equal_the_loop(
-    strategy: str | None,
-    case: Case,
-    small_blocks: bool,
-    keeps_kernels: bool,
-    at_once: int | None,
+    strategy: str | None, case: Case, small_blocks: bool, keeps_kernels: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        if strategy == "grouped" and at_once is not None:
-            patch.setattr(functional, "_count_at_once", lambda *_: at_once)
         patch.setattr(functional, "_keeps_kernels", lambda *_: keeps_kernels)
         if small_blocks:
             use_small_blocks(patch)
@@ -191,6 +180,15 @@ def test_same_padding_is_tensorflows(
     assert (before, after) == tensorflow_padding(size, kernel_size, stride, dilation)
     extent = dilation * (kernel_size - 1) + 1
     assert (size + before + after - extent) // stride + 1 == -(-size // stride)
+
+
+def test_a_large_kernel_of_one_example_is_mixed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "MIN_SHARED", 1)
+    case = make_case(batch=1, channels=8)
+    with torch.profiler.profile() as profile, torch.no_grad():
+        y = run(case)
+    assert "aten::bmm" in {event.name for event in profile.events()}
+    torch.testing.assert_close(y, loop_reference(case))
 
 
 @pytest.mark.parametrize("strategy", [None, *STRATEGIES])
@@ -247,28 +245,6 @@ def test_depthwise_kernels_on_channels_last_maps_are_applied_in_turn(
     weight = torch.empty(8, 64, 1, 3, 3)
     assert functional.choose_strategy(x, weight, (size, size), 64) == expected
     assert functional.choose_strategy(x.contiguous(), weight, (size, size), 64) == "grouped"
-
-
-@pytest.mark.parametrize(
-    ("strategy", "batch", "size", "groups", "expected"),
-    [
-        ("loop", 32, 19, 512, 1),
-        ("grouped", 32, 19, 512, 4),
-        ("grouped", 32, 10, 512, 16),
-        ("grouped", 8, 10, 512, 8),  # all fit
-        ("grouped", 5, 19, 512, 5),
-        ("grouped", 32, 19, 1, 32),
-        ("grouped", 4, 300, 512, 1),  # one is more than is meant to fit
-        ("grouped", 0, 19, 512, 0),
-    ],
-)
-def test_as_many_examples_are_convolved_at_once_as_fit(
-    strategy: Any, batch: int, size: int, groups: int, expected: int
-) -> None:
-    x = torch.empty(1, 1, 1, 1).expand(batch, 512, size, size)
-    weight = torch.empty(1, 1, 1, 1, 1).expand(8, 512, 512 // groups, 3, 3)
-    geometry = functional._Geometry((1, 1), (1, 1), (1, 1), groups)
-    assert functional._count_at_once(x, weight, geometry, strategy) == expected
 
 
 @pytest.mark.parametrize("strategy", [None, *STRATEGIES])
