@@ -178,7 +178,7 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
             LOGGER.info(line)
         ground_truth = val_index.ground_truth()
         evaluator = CocoEvaluator(ground_truth, backend=fastest_backend())
-        # As with data.shrink.
+        # A run of before this key was there can be resumed.
         backend = content["evaluation"].get("backend", "pycocotools")
         final_evaluator = CocoEvaluator(ground_truth, backend=backend)
         pictures = {

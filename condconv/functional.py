@@ -208,9 +208,12 @@ def choose_strategy(
         return "grouped"
     if groups > 1:
         # Examples side by side are channels first: the input would be copied, and the output back.
-        copied = x.device.type == "cpu" and _is_channels_last(x)
-        num_bytes = x.numel() // x.shape[0] * x.element_size() if copied else 0
-        return "loop" if num_bytes >= MIN_LOOPED_BYTES else "grouped"
+        in_turn = (
+            x.device.type == "cpu"
+            and _is_channels_last(x)
+            and x[0].numel() * x.element_size() >= MIN_LOOPED_BYTES
+        )
+        return "loop" if in_turn else "grouped"
     num_patches = output_size[0] * output_size[1]
     if weight.shape[3:] == (1, 1) or num_patches <= MAX_PATCHES:
         return "matmul"
@@ -225,15 +228,14 @@ def _mix(
 ) -> Tensor:
     """weight (E, O, ...), routing_weights (B, E) -> the kernels of all examples (-1, *shape)."""
     experts = weight.flatten(1)
-    num_parts = math.gcd(experts.shape[1], 8)
     if (
         routing_weights.shape[0] == 1
         and experts.shape[1] >= MIN_SHARED
-        and num_parts > 1
         and not _need_gradients(routing_weights, weight)
     ):
         # In parts, as a product with a single row takes a single thread. Their derivative would
         # need memory for a second copy.
+        num_parts = math.gcd(experts.shape[1], 8)
         parts = experts.unflatten(1, (num_parts, -1)).transpose(0, 1)
         kernels = torch.bmm(routing_weights.expand(num_parts, -1, -1), parts)
     else:

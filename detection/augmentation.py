@@ -19,6 +19,7 @@ from detection.errors import UserError
 from detection.preprocess import Preprocess
 from detection.structures import Targets
 
+# Of SSD's crop, here and in the loader: `RandomObjectCoverageCrop` says what they are.
 MIN_COVERAGES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 KEEP_PROBABILITY = 0.15
 NUM_WINDOWS = 100

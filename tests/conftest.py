@@ -94,6 +94,34 @@ def run(
     return run
 
 
+@pytest.fixture(scope="session")
+def load_weights() -> Callable[[Path], dict[str, torch.Tensor]]:
+    """The last weights of a run folder, by name, those of a moving average as well."""
+    from detection.checkpoint import load_checkpoint
+
+    def load(folder: Path) -> dict[str, torch.Tensor]:
+        content = load_checkpoint(folder / "checkpoints" / "last.pt")
+        ema = content["ema"] or {}
+        return {**content["model"], **{f"ema.{name}": value for name, value in ema.items()}}
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def assert_equal_weights(
+    load_weights: Callable[[Path], dict[str, torch.Tensor]],
+) -> Callable[[Path, Path], None]:
+    """Sees that two runs ended in the same weights, bit by bit."""
+
+    def compare(a: Path, b: Path) -> None:
+        first, second = load_weights(a), load_weights(b)
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            assert torch.equal(value, second[name]), name
+
+    return compare
+
+
 @pytest.fixture
 def start_script() -> Callable[..., subprocess.Popen[str]]:
     """Starts a script of the project as a user would, on one thread."""

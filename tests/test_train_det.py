@@ -19,19 +19,6 @@ from detection.errors import UserError
 from detection.losses import SSDCriterion
 
 
-def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    content = load_checkpoint(folder / "checkpoints" / "last.pt")
-    ema = content["ema"] or {}
-    return {**content["model"], **{f"ema.{name}": value for name, value in ema.items()}}
-
-
-def assert_equal_weights(a: Path, b: Path) -> None:
-    first, second = load_weights(a), load_weights(b)
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-
-
 def read_lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -75,7 +62,9 @@ def test_training_learns(run: Callable[..., Path]):
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
-def test_workers_change_nothing(run: Callable[..., Path]):
+def test_workers_change_nothing(
+    run: Callable[..., Path], assert_equal_weights: Callable[[Path, Path], None]
+):
     common = ("trainer.steps=3", "data.augmentation.photometric=0.5")
     alone = run(*common, name="0")
     for num_workers in (1, 2):
@@ -83,7 +72,9 @@ def test_workers_change_nothing(run: Callable[..., Path]):
         assert_equal_weights(alone, folder)
 
 
-def test_a_cache_of_images_changes_nothing(run: Callable[..., Path], tmp_path: Path):
+def test_a_cache_of_images_changes_nothing(
+    run: Callable[..., Path], tmp_path: Path, assert_equal_weights: Callable[[Path, Path], None]
+):
     """Neither empty nor full, nor with workers, nor when a run goes on with another."""
     common = ("data.shrink=1", "data.augmentation.photometric=0.5", "schedule.steps=7")
     ram = ("trainer.image_cache=ram", "trainer.num_workers=2")
@@ -97,7 +88,9 @@ def test_a_cache_of_images_changes_nothing(run: Callable[..., Path], tmp_path: P
     assert_equal_weights(whole, parts)
 
 
-def test_shrunk_images_are_others(run: Callable[..., Path]):
+def test_shrunk_images_are_others(
+    run: Callable[..., Path], load_weights: Callable[[Path], dict[str, torch.Tensor]]
+):
     weights = [
         load_weights(run("trainer.steps=1", f"data.shrink={shrink}", name=shrink))
         for shrink in ("null", "2", "0.5")
@@ -120,7 +113,9 @@ def test_wrong_reading(run: Callable[..., Path], tmp_path: Path, override: str, 
     assert not (tmp_path / "run").exists()
 
 
-def test_micro_batches_change_nothing_but_rounding(run: Callable[..., Path]):
+def test_micro_batches_change_nothing_but_rounding(
+    run: Callable[..., Path], load_weights: Callable[[Path], dict[str, torch.Tensor]]
+):
     """With batch norm in inference mode a step is the same however its batch is cut."""
     common = ("trainer.steps=3", "trainer.freeze_batch_norm=true")
     whole, cut = run(*common, name="1"), run(*common, "trainer.num_micro_batches=2", name="2")
@@ -131,7 +126,9 @@ def test_micro_batches_change_nothing_but_rounding(run: Callable[..., Path]):
         torch.testing.assert_close(value, second[name], rtol=1e-3, atol=1e-5)
 
 
-def test_resumed_equals_uninterrupted(run: Callable[..., Path]):
+def test_resumed_equals_uninterrupted(
+    run: Callable[..., Path], assert_equal_weights: Callable[[Path, Path], None]
+):
     common = ("trainer.evaluate_every=3", "schedule.steps=6", "trainer.checkpoint_every=2")
     whole = run(*common, "trainer.steps=6", name="whole")
     # Stops in the middle of an epoch (10 images, 4 a step).
@@ -157,6 +154,7 @@ def test_keeping_memory_changes_nothing(
     tiny_model: list[str],
     tiny_data: list[str],
     tmp_path: Path,
+    assert_equal_weights: Callable[[Path, Path], None],
 ):
     for wish in ("true", "false"):
         options = ["trainer.steps=2", f"trainer.keep_memory={wish}", f"run_dir={tmp_path / wish}"]
@@ -176,7 +174,9 @@ def zero(path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
-    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    run: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    assert_equal_weights: Callable[[Path, Path], None],
 ):
     common = ("trainer.checkpoint_every=1", "trainer.keep_last=3", "schedule.steps=6")
     whole = run(*common, "trainer.steps=6", name="whole")
@@ -228,7 +228,9 @@ def test_the_newest_checkpoints_and_the_best_are_kept(run: Callable[..., Path], 
 
 
 def test_a_full_disk_stops_a_run_that_then_goes_on(
-    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    assert_equal_weights: Callable[[Path, Path], None],
 ):
     common = ("trainer.steps=5", "trainer.checkpoint_every=1", "trainer.keep_last=1")
     whole = run(*common, name="whole")
@@ -391,7 +393,9 @@ def test_nothing_is_written_where_the_data_is_wrong(run: Callable[..., Path], tm
     assert not (tmp_path / "run").exists()
 
 
-def test_another_seed_gives_other_weights(run: Callable[..., Path]):
+def test_another_seed_gives_other_weights(
+    run: Callable[..., Path], assert_equal_weights: Callable[[Path, Path], None]
+):
     """So the tests of equal weights above can fail."""
     a, b = run("trainer.steps=2", name="a"), run("trainer.steps=2", "seed=1", name="b")
     with pytest.raises(AssertionError):

@@ -15,6 +15,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from detection.augmentation import KEEP_PROBABILITY, MIN_COVERAGES, NUM_WINDOWS
 from detection.boxes import pairwise_coverage
 from detection.errors import UserError
 
@@ -48,11 +49,11 @@ class RandomObjectCoverageCrop(v2.Transform):
     def __init__(
         self,
         *,
-        min_coverages: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0),
+        min_coverages: tuple[float, ...] = MIN_COVERAGES,
         aspect_ratios: tuple[float, float] = (0.5, 2.0),
         areas: tuple[float, float] = (0.1, 1.0),
-        keep_probability: float = 0.15,
-        num_attempts: int = 100,
+        keep_probability: float = KEEP_PROBABILITY,
+        num_attempts: int = NUM_WINDOWS,
     ) -> None:
         super().__init__()
         self.min_coverages = min_coverages

@@ -252,10 +252,11 @@ def open_image_cache(
         yield None
         return
     in_memory = settings.image_cache == "ram"
-    folder = Path(settings.image_cache_folder) if settings.image_cache_folder else None
-    path = disk_path(index, shorter_side=shorter_side, folder=folder)
     if in_memory:
         path = SHARED_MEMORY / processes.share(f"condconv-detection-{secrets.token_hex(8)}")
+    else:
+        folder = Path(settings.image_cache_folder) if settings.image_cache_folder else None
+        path = disk_path(index, shorter_side=shorter_side, folder=folder)
     try:
         cache = processes.first_then_others(
             lambda: open_cache(path, index, shorter_side=shorter_side, in_memory=in_memory)

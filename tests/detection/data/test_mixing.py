@@ -21,14 +21,6 @@ COLOURS = torch.tensor(
 BACKGROUND = 128
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 def make_example(size: tuple[int, int], boxes: list[list[int]], labels: list[int]) -> Example:
     """Rectangles on grey, each in the colour of its label, which are its boxes."""
     image = torch.full((3, *size), BACKGROUND, dtype=torch.uint8)

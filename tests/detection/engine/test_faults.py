@@ -174,18 +174,6 @@ def start(
         process.join()
 
 
-def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    content = load_checkpoint(folder / "checkpoints" / "last.pt")
-    return {**content["model"], **{f"ema.{name}": value for name, value in content["ema"].items()}}
-
-
-def assert_equal_weights(a: Path, b: Path) -> None:
-    first, second = load_weights(a), load_weights(b)
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-
-
 def list_children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -194,7 +182,11 @@ def list_children(pid: int) -> list[int]:
     ("num_kills", "steps"), [(3, 40), pytest.param(20, 200, marks=pytest.mark.slow)]
 )
 def test_kills_at_random_moments_lose_nothing_but_the_steps_since_the_last_checkpoint(
-    start: Callable[..., Run], run: Callable[..., Path], num_kills: int, steps: int
+    start: Callable[..., Run],
+    run: Callable[..., Path],
+    num_kills: int,
+    steps: int,
+    assert_equal_weights: Callable[[Path, Path], None],
 ):
     """The first comes before there is any checkpoint."""
     every = 7
@@ -246,7 +238,10 @@ def test_a_signal_saves_and_says_how_to_go_on(
 
 @pytest.mark.parametrize("stopped_at", [2, 4])
 def test_a_signal_in_an_evaluation_ends_it(
-    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, stopped_at: int
+    run: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    stopped_at: int,
+    assert_equal_weights: Callable[[Path, Path], None],
 ):
     """The one that is owed comes first when the run goes on, also after the last step."""
     common = ("trainer.steps=4", "trainer.evaluate_every=2", "evaluation.batch_size=1")
@@ -300,7 +295,11 @@ def test_a_killed_worker_is_named(start: Callable[..., Run]):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_data_folder_that_vanishes_is_one_line(
-    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, split: str
+    run: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    split: str,
+    assert_equal_weights: Callable[[Path, Path], None],
 ):
     root = tmp_path / "shapes"
     common = (f"data.root={root}", "trainer.steps=4", "trainer.checkpoint_every=1")
@@ -426,6 +425,7 @@ def test_processes_share_the_cache_of_images(
     custom_data: list[str],
     tmp_path: Path,
     kind: str,
+    assert_equal_weights: Callable[[Path, Path], None],
 ):
     """Two epochs and more; nothing of a cache in memory is left."""
     before = set(SHARED_MEMORY.iterdir())

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from detection.checkpoint import load_checkpoint
 from detection.data.coco import CocoIndex
 from detection.data.dataset import collate
 from detection.data.sources import load_split, shapes
@@ -39,26 +38,15 @@ def make_inputs(index: CocoIndex, **options: Any) -> TrainingInputs:
     return TrainingInputs(index, Preprocess(input_size=64), seed=0, **options)
 
 
-def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    content = load_checkpoint(folder / "checkpoints" / "last.pt")
-    ema = content["ema"] or {}
-    return {**content["model"], **{f"ema.{name}": value for name, value in ema.items()}}
-
-
-def assert_equal_weights(a: Path, b: Path) -> None:
-    first, second = load_weights(a), load_weights(b)
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-
-
 def read_losses(folder: Path) -> list[float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if line["kind"] == "train"]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_resumed_equals_uninterrupted_whatever_the_workers(run: Callable[..., Path], options: str):
+def test_resumed_equals_uninterrupted_whatever_the_workers(
+    run: Callable[..., Path], options: str, assert_equal_weights: Callable[[Path, Path], None]
+):
     common = (*OPTIONS[options], "trainer.evaluate_every=3", "schedule.steps=6")
     common += ("trainer.checkpoint_every=2", "trainer.channels_last=true")
     whole = run(*common, "trainer.steps=6", name="whole")
