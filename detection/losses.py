@@ -177,27 +177,21 @@ class _FocalSum(torch.autograd.Function):
         """logits (B, A, S), weights (B, A) or (B, 1); images, anchors, slots (M,): where the target
         is 1.
         """
-        derivative = torch.empty(logits.shape, device=logits.device)
-        sums = torch.empty(logits.shape[:2], device=logits.device)
+        # Positives are taken out by a logit whose loss and derivative are 0 where the target is 0.
+        derivative = logits.to(torch.float32, copy=True)
+        positive = -derivative[images, anchors, slots]
+        derivative[images, anchors, slots] = -torch.inf
+        sums = derivative.new_empty(logits.shape[:2])
         size = max(1, sums.numel() if logits.is_cuda else CHUNK // logits.shape[-1])
-        # At first every target is 0.
-        for x, row_sums, slope in zip(
-            logits.flatten(0, 1).split(size),
-            sums.flatten().split(size),
-            derivative.flatten(0, 1).split(size),
-            strict=True,
+        for x, row_sums in zip(
+            derivative.flatten(0, 1).split(size), sums.flatten().split(size), strict=True
         ):
-            torch.sum(_focal_loss(x.float(), gamma, slope), 1, out=row_sums)
+            torch.sum(_focal_loss_(x, gamma), 1, out=row_sums)
+        weight = alpha * weights.expand_as(sums)[images, anchors]
         # A dot product would depend on where its factors lie in memory.
-        total = (1 - alpha) * (sums * weights).sum()
-
-        x, weight = logits[images, anchors, slots].float(), weights.expand_as(sums)[images, anchors]
-        pair = torch.stack([-x, x])  # a target of 1 and, to be taken back, of 0
-        slopes = torch.empty_like(pair)
-        loss, former = _focal_loss(pair, gamma, slopes)
-        total += (weight * (alpha * loss - (1 - alpha) * former)).sum()
+        total = (1 - alpha) * (sums * weights).sum() + (weight * _focal_loss_(positive, gamma)).sum()
         ctx.save_for_backward(
-            derivative, (1 - alpha) * weights, images, anchors, slots, -alpha * weight * slopes[0]
+            derivative, (1 - alpha) * weights, images, anchors, slots, -weight * positive
         )
         ctx.dtype = logits.dtype
         return total
@@ -211,14 +205,14 @@ class _FocalSum(torch.autograd.Function):
         return derivative.to(ctx.dtype), *[None] * 6
 
 
-def _focal_loss(x: Tensor, gamma: float, derivative: Tensor) -> Tensor:
-    """Of logits whose target is 0: p ** gamma times the cross-entropy, and the derivative of it."""
+def _focal_loss_(x: Tensor, gamma: float) -> Tensor:
+    """Of logits whose target is 0, p ** gamma times the cross-entropy; x becomes its derivative."""
     p = x.sigmoid()
     power = p**gamma
     # Softplus in half the time, but for an error of 1e-7 where it is small, as p is there.
     loss = x.clamp(min=0).sub_(torch.maximum(p, 1 - p).log_()).mul_(power)
     # p ** gamma * (p + gamma * (1 - p) * entropy)
-    torch.lerp(gamma * loss, power, p, out=derivative)
+    torch.lerp(gamma * loss, power, p, out=x)
     return loss
 
 

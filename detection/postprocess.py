@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from detection.boxes import box_area, clip_boxes, decode_boxes, pairwise_iou
+from detection.boxes import decode_boxes, pairwise_iou
 from detection.structures import Detections, RawPredictions
 
 # Boxes of a batch up to which comparing all with all takes less time than rounds, on a CPU.
@@ -60,8 +60,8 @@ class Postprocess(nn.Module):
 
         deltas = predictions.deltas.float().gather(1, anchors[..., None].expand(-1, -1, 4))
         unclipped = decode_boxes(deltas, predictions.anchors[anchors], predictions.code_weights)
-        boxes = clip_boxes(unclipped, input_size, input_size)
-        visible = box_area(boxes) > 0
+        boxes = unclipped.clamp(0, input_size)
+        visible = (boxes[..., :2] < boxes[..., 2:]).all(-1)
         # Its loops depend on the data: an exported graph has one node for it.
         suppress = suppress_operator if torch.compiler.is_exporting() else _suppress
         survives = suppress(
@@ -104,21 +104,21 @@ class Postprocess(nn.Module):
         return scores.float().sigmoid(), places // num_classes, places % num_classes
 
 
-def _top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of each row of values (B, N), best first, and their places."""
+def _top(values: Tensor, k: int, ranked: bool = True) -> tuple[Tensor, Tensor]:
+    """The k best of each row of values (B, N), best first if `ranked`, and their places."""
     num_columns = values.shape[1] // ROWS
     if num_columns <= k:
-        return values.topk(k, dim=1)
+        return values.topk(k, dim=1, sorted=ranked)
     # As a table they are in the k columns of the best maxima, or in what is left over: few of all
     # are sorted. The maximum across rows takes a fraction of that of neighbours.
     starts = num_columns * torch.arange(ROWS, device=values.device)[:, None]
-    left_over = torch.arange(ROWS * num_columns, values.shape[1], device=values.device)
     table = values[:, : ROWS * num_columns].unflatten(1, (ROWS, num_columns))
-    _, columns = _top(table.amax(1), k)
-    places = torch.cat(
-        [(columns[:, None] + starts).flatten(1), left_over.expand(values.shape[0], -1)], dim=1
-    )
-    best, order = values.gather(1, places).topk(k, dim=1)
+    _, columns = _top(table.amax(1), k, ranked=False)
+    places = (columns[:, None] + starts).flatten(1)
+    if values.shape[1] % ROWS:
+        left_over = torch.arange(ROWS * num_columns, values.shape[1], device=values.device)
+        places = torch.cat([places, left_over.expand(values.shape[0], -1)], dim=1)
+    best, order = values.gather(1, places).topk(k, dim=1, sorted=ranked)
     return best, places.gather(1, order)
 
 
@@ -148,18 +148,18 @@ def _suppress(
     """
     groups = labels + num_classes * torch.arange(len(labels), device=labels.device)[:, None]
     left = scores > score_threshold
-    survives = torch.zeros_like(visible)
+    survives = torch.zeros_like(left)
     few = 3 * num_needed
     if few < left.shape[1]:
         # Only better boxes suppress: what is needed is often found among the few best.
         best = left.clone()
         best[:, few:] = False
         survives = _survivors(best, boxes, scores, groups, visible, iou_threshold, num_needed)
-        is_short = (survives & visible).sum(1) < num_needed
-        left &= (is_short & left[:, few])[:, None]
-    if left.any():
-        survives |= _survivors(left, boxes, scores, groups, visible, iou_threshold, num_needed)
-    return survives
+        is_short = left[:, few] & ((survives & visible).sum(1) < num_needed)
+        if not is_short.any():
+            return survives
+        left &= is_short[:, None]
+    return survives | _survivors(left, boxes, scores, groups, visible, iou_threshold, num_needed)
 
 
 def _survivors(
