@@ -189,7 +189,8 @@ class _FocalSum(torch.autograd.Function):
             torch.sum(_focal_loss_(x, gamma), 1, out=row_sums)
         weight = alpha * weights.expand_as(sums)[images, anchors]
         # A dot product would depend on where its factors lie in memory.
-        total = (1 - alpha) * (sums * weights).sum() + (weight * _focal_loss_(positive, gamma)).sum()
+        total = (1 - alpha) * (sums * weights).sum()
+        total += (weight * _focal_loss_(positive, gamma)).sum()
         ctx.save_for_backward(
             derivative, (1 - alpha) * weights, images, anchors, slots, -weight * positive
         )
