@@ -6,7 +6,7 @@
 All sides of a row run in turn, round after round, so that a busy moment hits them alike; times
 are medians over the rounds. A ratio above 1 means that CondConv2d is faster. The memory of a row
 is what a forward and backward pass adds at its peak. `--strategies` also times every execution
-strategy: the table that `condconv.functional.choose_strategy` rests on.
+strategy: the table that `condconv.strategies.choose_strategy` rests on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from timm.layers.cond_conv2d import CondConv2d as TimmCondConv2d
 from torch import Tensor, nn
 
 from condconv import CondConv2d, condconv2d, count_multiply_adds
-from condconv.functional import Strategy
+from condconv.strategies import Strategy
 from detection.models.ssd import ssd_mobilenet_v1
 
 NUM_EXPERTS = 8

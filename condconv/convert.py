@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from condconv.functional import Padding, pair
+from condconv.geometry import Padding, pair
 from condconv.layers import CondConv2d, Conv2dSame, RoutedCondConv2d, Router
 
 

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condconv.functional import Padding, condconv2d, disable_autocast, pad_input, pair
+from condconv.autocast import disable_autocast
+from condconv.functional import condconv2d
+from condconv.geometry import Padding, pad_input, pair
 
 
 class Conv2dSame(nn.Conv2d):

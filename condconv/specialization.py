@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from condconv.convert import SharedRouting, replace_modules
 from condconv.diagnostics import RoutingSummary, capture_routing, summarize_routing
-from condconv.functional import pad_input
+from condconv.geometry import pad_input
 from condconv.layers import CondConv2d, RoutedCondConv2d, Router
 
 

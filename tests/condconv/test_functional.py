@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from condconv import condconv2d, functional
-from condconv.functional import same_padding
+from condconv import condconv2d, strategies
+from condconv.geometry import same_padding
 
 STRATEGIES = ("matmul", "grouped", "loop")
 
@@ -147,13 +147,13 @@ def cases(draw: st.DrawFn) -> Case:
 @pytest.fixture
 def _mixed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are never kept for the backward pass."""
-    monkeypatch.setattr(functional, "_keeps_kernels", lambda *_: False)
+    monkeypatch.setattr(strategies, "_keeps_kernels", lambda *_: False)
 
 
 def use_small_blocks(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(functional, "MAX_EXAMPLES", 2)
-    patch.setattr(functional, "MIXED_BYTES", 1)
-    patch.setattr(functional, "MIN_CHANNELS", 4)
+    patch.setattr(strategies, "MAX_EXAMPLES", 2)
+    patch.setattr(strategies, "MIXED_BYTES", 1)
+    patch.setattr(strategies, "MIN_CHANNELS", 4)
 
 
 @pytest.mark.parametrize("strategy", [None, *STRATEGIES])
@@ -163,11 +163,11 @@ def test_outputs_and_gradients_equal_the_loop(
     strategy: str | None, case: Case, small_blocks: bool, keeps_kernels: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "_keeps_kernels", lambda *_: keeps_kernels)
+        patch.setattr(strategies, "_keeps_kernels", lambda *_: keeps_kernels)
         if small_blocks:
             use_small_blocks(patch)
-            patch.setattr(functional, "MAX_PATCHES", 10)
-            patch.setattr(functional, "MAX_ROWS", 10)
+            patch.setattr(strategies, "MAX_POSITIONS_PER_CHANNEL", 1)
+            patch.setattr(strategies, "MAX_ROWS", 10)
         assert_equals_reference(case, strategy)
 
 
@@ -183,7 +183,7 @@ def test_same_padding_is_tensorflows(
 
 
 def test_a_large_kernel_of_one_example_is_mixed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "MIN_SHARED", 1)
+    monkeypatch.setattr(strategies, "MIN_SHARED", 1)
     case = make_case(batch=1, channels=8)
     with torch.profiler.profile() as profile, torch.no_grad():
         y = run(case)
@@ -199,52 +199,6 @@ def test_an_empty_batch_gives_an_empty_output(strategy: str | None, groups: int)
     assert y.shape == (0, 8, 7, 6)
     y.sum().backward()
     assert torch.equal(case.weight.grad, torch.zeros_like(case.weight))
-
-
-def test_kernels_are_mixed_in_even_blocks_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.zeros(2, 100, 3)
-    assert functional._block_size(3, weight) == (3, 100)
-    assert functional._block_size(30, weight) == (8, 100)
-    monkeypatch.setattr(functional, "MIXED_BYTES", 8 * 30 * 3 * 4)
-    monkeypatch.setattr(functional, "MIN_CHANNELS", 10)
-    assert functional._block_size(30, weight) == (8, 25)
-    assert functional._block_size(4, weight) == (4, 50)
-    monkeypatch.setattr(functional, "MIN_CHANNELS", 64)
-    assert functional._block_size(30, weight) == (8, 100)
-
-
-@pytest.mark.parametrize(
-    ("batch", "kernel_size", "size", "groups", "expected"),
-    [
-        (8, 1, 38, 1, "matmul"),
-        (8, 3, 5, 1, "matmul"),
-        (8, 3, 19, 1, "grouped"),
-        (32, 3, 19, 1, "loop"),
-        (32, 3, 10, 1, "matmul"),
-        (32, 3, 12, 1, "loop"),
-        (32, 3, 19, 256, "grouped"),
-        (1, 1, 19, 1, "grouped"),
-    ],
-)
-def test_the_strategy_follows_from_the_shapes(
-    batch: int, kernel_size: int, size: int, groups: int, expected: str
-) -> None:
-    x = torch.empty(1, 1, 1, 1).expand(batch, 256, size, size)
-    weight = torch.empty(1, 1, 1, 1, 1).expand(8, 256, 256 // groups, kernel_size, kernel_size)
-    assert functional.choose_strategy(x, weight, (size, size), groups) == expected
-
-
-@pytest.mark.parametrize(
-    ("batch", "size", "expected"),
-    [(1, 38, "grouped"), (8, 38, "loop"), (8, 10, "grouped"), (0, 38, "grouped")],
-)
-def test_depthwise_kernels_on_channels_last_maps_are_applied_in_turn(
-    batch: int, size: int, expected: str
-) -> None:
-    x = torch.empty(batch, 64, size, size, memory_format=torch.channels_last)
-    weight = torch.empty(8, 64, 1, 3, 3)
-    assert functional.choose_strategy(x, weight, (size, size), 64) == expected
-    assert functional.choose_strategy(x.contiguous(), weight, (size, size), 64) == "grouped"
 
 
 @pytest.mark.parametrize("strategy", [None, *STRATEGIES])
@@ -273,7 +227,7 @@ def test_second_derivatives(strategy: str, groups: int) -> None:
 @pytest.mark.parametrize("max_rows", [0, 64])
 def test_second_derivatives_through_blocks(monkeypatch: pytest.MonkeyPatch, max_rows: int) -> None:
     use_small_blocks(monkeypatch)
-    monkeypatch.setattr(functional, "MAX_ROWS", max_rows)
+    monkeypatch.setattr(strategies, "MAX_ROWS", max_rows)
     case = make_case(batch=2, num_experts=2, size=(4, 4), padding=1)
 
     def function(*inputs: Tensor) -> Tensor:
@@ -325,7 +279,7 @@ def test_autocast(
     num_experts: int,
     keeps_kernels: bool,
 ) -> None:
-    monkeypatch.setattr(functional, "_keeps_kernels", lambda *_: keeps_kernels)
+    monkeypatch.setattr(strategies, "_keeps_kernels", lambda *_: keeps_kernels)
     case = make_case(num_experts=num_experts, dtype=torch.float32, padding="same", stride=2)
     with torch.autocast("cpu", dtype):
         y = run(case, strategy)
