@@ -373,7 +373,9 @@ def build_detectors(retinanet_size: int) -> list[Detectors]:
             ),
             same_losses=True,
             match_options=options,
-            targets={"inference": 1.0, "training step": 1.0},
+            targets=dict.fromkeys(
+                ("post-processing", "inference", "assignment", "loss", "training step"), 1.0
+            ),
             train_layout=torch.contiguous_format,
             min_train_batch=1,
         ),

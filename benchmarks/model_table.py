@@ -47,9 +47,10 @@ def describe(overrides: str) -> str:
     """A row of the table."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         config = plain(compose("train", overrides=overrides.split()))["model"]
-    network = build_model(config, NUM_CLASSES).network.to("meta")  # shapes are enough
     size = config["input_size"]
-    multiply_adds = count_multiply_adds(network, torch.zeros(1, 3, size, size, device="meta"))
+    with torch.device("meta"):  # shapes are enough
+        network = build_model(config, NUM_CLASSES).network
+        multiply_adds = count_multiply_adds(network, torch.zeros(1, 3, size, size))
     parameters = count_parameters(network)
     return f"| `{overrides}` | {size} | {multiply_adds / 1e6:,.0f}M | {parameters / 1e6:.2f}M |"
 

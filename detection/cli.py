@@ -196,6 +196,8 @@ def find_model(config: Mapping[str, Any]) -> dict[str, Any]:
 
     if config["weights"] is None:
         raise UserError("no model: give model.weights=FILE, a checkpoint, or choose a model")
+    if str(config["weights"]).startswith("torchvision:"):
+        raise UserError(f"{config['weights']} names no model: give model=retinanet as well")
     for key in sorted(SHORTHANDS & config.keys()):
         raise UserError(f"model.{key} is resolved in a checkpoint: give +model.backbone.{key}=...")
     saved = load_checkpoint(config["weights"])["config"]["model"]

@@ -37,8 +37,7 @@ class Preprocess(nn.Module):
         super().__init__()
         self.input_size = input_size
         for name, value in (("mean", mean), ("std", std)):
-            channels = [value] * 3 if isinstance(value, (int, float)) else list(value)
-            tensor = torch.tensor(channels, dtype=torch.float32).view(3, 1, 1)
+            tensor = torch.tensor(_of_channels(value), dtype=torch.float32).view(3, 1, 1)
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -107,7 +106,7 @@ class Letterbox(Preprocess):
     ) -> None:
         super().__init__(input_size=input_size, mean=mean, std=std)
         self.centered = centered
-        self.fill = self.mean.flatten().round().tolist()
+        self.fill = [round(value) for value in _of_channels(mean)]
 
     def resize(
         self, image: tv_tensors.Image, boxes: tv_tensors.BoundingBoxes
@@ -145,3 +144,7 @@ class Letterbox(Preprocess):
         fitted = ((2 * sizes * self.input_size + longer) // (2 * longer)).clamp(min=1)
         start = (self.input_size - fitted) // 2 if self.centered else torch.zeros_like(fitted)
         return fitted, start
+
+
+def _of_channels(value: float | Sequence[float]) -> list[float]:
+    return [value] * 3 if isinstance(value, (int, float)) else list(value)

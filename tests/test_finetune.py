@@ -130,6 +130,7 @@ def test_keys_of_the_model_are_laid_over(finetune: Callable[..., Path], source: 
     [
         ([], "give model.weights=FILE"),
         (["model.weights=absent.pt"], "absent.pt: no such checkpoint file"),
+        (["model.weights=torchvision:NAME"], "names no model: give model=retinanet as well"),
         (["model.weights=absent.pt", "+model.width=0.5"], "model.width is resolved"),
     ],
 )

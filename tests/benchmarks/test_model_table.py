@@ -1,24 +1,16 @@
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from benchmarks.model_table import MODELS, make_table
 from detection.cli import config_dir
 
 PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-# The others take seconds each.
-SMALL = ("ssdlite320_mobilenet_v1 model.width=0.5", "fpnlite model.num_experts=1")
 
 
 def test_the_page_has_the_scripts_table():
     table = PAGE[PAGE.index("| overrides |") :]
-    shown = re.findall(r"^\| `(.+?)`", table, flags=re.MULTILINE)
-    assert shown == list(MODELS)
-    small = [overrides for overrides in MODELS if overrides.endswith(SMALL)]
-    assert len(small) == len(SMALL)
-    for line in make_table(small).splitlines():
-        assert line in table.splitlines()
+    assert table[: table.index("\n\n")] == make_table()
 
 
 def test_every_shipped_model_is_shown():

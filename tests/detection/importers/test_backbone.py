@@ -1,17 +1,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
 from torch import nn
+from torchvision.models import WeightsEnum
 
 from condconv import RoutedCondConv2d, spread_over_experts
 from condconv.backbones import MobileNetV1
 from detection.errors import UserError
-from detection.importers.backbone import load_backbone
+from detection.importers.backbone import PRETRAINED, load_backbone
+from detection.models.backbones import TimmBackbone, TorchvisionResNet
 from detection.models.ssd import ssd_mobilenet_v1
 
 
@@ -124,3 +130,74 @@ def test_load_from_slim(tmp_path: Path) -> None:
     load_backbone(backbone, tmp_path / "slim.npz", generator=torch.Generator().manual_seed(0))
     for ours, expected in zip(backbone(images), static(images), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def make_timm(name: str) -> nn.Module:
+    return timm.create_model(name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "make_whole", "name", "num_experts"),
+    [
+        (TorchvisionResNet, torchvision.models.get_model, "resnet18", 4),
+        (TimmBackbone, make_timm, "mobilenetv2_050", 4),
+        (TimmBackbone, make_timm, "tf_efficientnet_cc_b0_4e", 1),  # conditional by itself
+    ],
+)
+def test_a_whole_networks_file(
+    tmp_path: Path,
+    kind: Any,
+    make_whole: Callable[[str], nn.Module],
+    name: str,
+    num_experts: int,
+) -> None:
+    """Its classifier is left out; a conditional backbone starts with its function."""
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 64, 64)
+    whole = calibrate(make_whole(name), images)
+    torch.save(whole.state_dict(), tmp_path / "weights.pth")
+    static = kind(name)
+    load_backbone(static, tmp_path / "weights.pth")
+    own = {key.removeprefix("network."): value for key, value in static.state_dict().items()}
+    state = {key: value for key, value in whole.state_dict().items() if key in own}
+    assert len(state) > 50 and all(own[key].equal(value) for key, value in state.items())
+
+    backbone = kind(name, num_experts=num_experts)
+    load_backbone(backbone, tmp_path / "weights.pth")
+    maps, expected = backbone.eval()(images), static.eval()(images)
+    for ours, other in zip(maps, expected, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
+        assert other.std() > 1e-3
+
+
+def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
+    torch.save(timm.create_model("mobilenetv2_050").state_dict(), tmp_path / "weights.pth")
+    for backbone in (TimmBackbone("mobilenetv2_100"), TorchvisionResNet("resnet18")):
+        with pytest.raises(UserError, match=r"conv_stem|conv1.weight is missing|is \(.*not"):
+            load_backbone(backbone, tmp_path / "weights.pth")
+
+
+@torch.no_grad()
+def test_published_weights_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = torchvision.models.resnet18()
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: whole.state_dict())
+    backbone = TorchvisionResNet("resnet18")
+    load_backbone(backbone, PRETRAINED)
+    assert backbone.network["layer4"][1].conv2.weight.equal(whole.layer4[1].conv2.weight)
+
+
+@torch.no_grad()
+def test_published_weights_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = timm.create_model("mobilenetv2_050")
+    asked = []
+
+    def download(config: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        asked.append(config)
+        return whole.state_dict()
+
+    monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", download)
+    backbone = TimmBackbone("mobilenetv2_050")
+    load_backbone(backbone, PRETRAINED)
+    assert len(asked) == 1 and "mobilenetv2_050" in str(asked)
+    assert backbone.state_dict()["network.conv_stem.weight"].equal(whole.conv_stem.weight)

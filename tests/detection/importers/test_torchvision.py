@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
-from torchvision.models.detection import retinanet_resnet50_fpn
+from torchvision.models.detection import retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
 
+from detection.build import build_model
 from detection.checkpoint import load_weights
+from detection.cli import plain
 from detection.errors import UserError
 from detection.importers.torchvision import (
     PUBLISHED,
@@ -154,3 +157,23 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(UserError, match=r"cannot download https.*Name or service.*give the file"):
         download_weights(str(PUBLISHED[1]))
+
+
+@pytest.mark.parametrize(
+    ("make", "overrides"),
+    [
+        (retinanet_resnet50_fpn_v2, []),
+        (retinanet_resnet50_fpn, ["model.head.norm=null", "model.pyramid.extra_from=p5"]),
+    ],
+)
+def test_the_shipped_config_takes_the_published_form(
+    compose_config: Callable[..., Any], make: Callable[..., nn.Module], overrides: list[str]
+) -> None:
+    """With the overrides that docs/models.md gives."""
+    config = plain(compose_config("train", ["model=retinanet", *overrides]))["model"]
+    with torch.device("meta"):
+        network = build_model(config, 91).network
+        state = make(weights=None, weights_backbone=None, num_classes=91).state_dict()
+    shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
+    given = load_torchvision_retinanet(state)
+    assert {key: tensor.shape for key, tensor in given.items()} == shapes

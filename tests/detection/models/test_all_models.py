@@ -78,6 +78,9 @@ def check_training(parts: ModelParts) -> None:
     for name, parameter in parts.network.named_parameters():
         assert not parameter.requires_grad or parameter.grad is not None, name
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
+        # A predictor of a level without objects learns nothing of boxes.
+        if name.startswith("backbone.") and parameter.dim() > 1 and parameter.requires_grad:
+            assert parameter.grad.any(), name
 
 
 def assert_same(ours: ImageDetections, expected: ImageDetections, tolerance: float) -> None:
@@ -86,17 +89,10 @@ def assert_same(ours: ImageDetections, expected: ImageDetections, tolerance: flo
         torch.testing.assert_close(field, expected_field, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("num_experts", [1, 2])
-@pytest.mark.parametrize("model", MODELS)
-def test_model(
-    compose_config: Callable[..., Any], tmp_path: Path, model: str, num_experts: int
-) -> None:
-    choices = (f"model={model}", f"model.num_experts={num_experts}")
-    backbone = "resnet50" if model == "retinanet" else None
-    config = compose_model(compose_config, *choices, backbone=backbone)
+def check_model(config: Any, folder: Path) -> nn.Module:
+    """Training, detections, and a checkpoint that gives the same; returns the network."""
     torch.manual_seed(0)
     parts = build_model(config, len(CATEGORIES))
-    assert any(isinstance(m, CondConv2d) for m in parts.network.modules()) == (num_experts > 1)
     check_training(parts)
 
     calibrate(parts.network)
@@ -112,7 +108,7 @@ def test_model(
         (alone,) = detector.predict(picture)
         torch.testing.assert_close(alone.scores, found.scores, rtol=1e-3, atol=1e-4)
 
-    path = tmp_path / "checkpoint.pt"
+    path = folder / "checkpoint.pt"
     save_checkpoint(
         path, model=parts.network.state_dict(), config={"model": config}, categories=CATEGORIES
     )
@@ -120,6 +116,42 @@ def test_model(
         Detector.from_checkpoint(path).predict(pictures), together, strict=True
     ):
         assert_same(ours, expected, tolerance=0)
+    return parts.network
+
+
+@pytest.mark.parametrize("num_experts", [1, 2])
+@pytest.mark.parametrize("model", MODELS)
+def test_model(
+    compose_config: Callable[..., Any], tmp_path: Path, model: str, num_experts: int
+) -> None:
+    choices = (f"model={model}", f"model.num_experts={num_experts}")
+    backbone = "resnet50" if model == "retinanet" else None
+    network = check_model(compose_model(compose_config, *choices, backbone=backbone), tmp_path)
+    assert bool(find_conditional(network)) == (num_experts > 1)
+
+
+def find_conditional(network: nn.Module) -> list[str]:
+    return [name for name, module in network.named_modules() if isinstance(module, CondConv2d)]
+
+
+@pytest.mark.parametrize(
+    ("model", "key", "names"),
+    [
+        ("ssd300_mobilenet_v1", "backbone", "backbone"),
+        ("ssd300_mobilenet_v1", "extras", "extras"),
+        ("ssd300_mobilenet_v1", "head", "class_predictors box_predictors"),
+        ("ssdlite320_mobilenet_v1", "head", "class_predictors box_predictors"),
+        ("retinanet_mobilenet_v1_fpnlite", "head", "head"),
+    ],
+)
+def test_each_part_has_its_own_switch(
+    compose_config: Callable[..., Any], model: str, key: str, names: str
+) -> None:
+    choices = (f"model={model}", "model.num_experts=1", f"model.{key}.num_experts=2")
+    parts = build_model(compose_model(compose_config, *choices), len(CATEGORIES))
+    conditional = {name.partition(".")[0] for name in find_conditional(parts.network)}
+    assert conditional == set(names.split())
+    check_training(parts)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -147,10 +179,24 @@ def test_another_size_is_that_of_a_network_built_for_it(
             network(torch.zeros(1, 3, *shape))
 
 
-@pytest.mark.parametrize("detector", ["ssd300_mobilenet_v1", "retinanet"])
+@pytest.mark.parametrize(
+    ("detector", "num_experts"), [("ssd300_mobilenet_v1", 2), ("retinanet", 1)]
+)
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_backbone(compose_config: Callable[..., Any], detector: str, backbone: str) -> None:
+def test_backbone(
+    compose_config: Callable[..., Any],
+    tmp_path: Path,
+    detector: str,
+    backbone: str,
+    num_experts: int,
+) -> None:
     """Every detector takes every backbone."""
-    choices = (f"model={detector}", f"model/backbone={backbone}", "model.num_experts=1")
-    config = compose_model(compose_config, *choices, backbone=backbone)
-    check_training(build_model(config, len(CATEGORIES)))
+    choices = (
+        f"model={detector}",
+        f"model/backbone={backbone}",
+        f"model.num_experts={num_experts}",
+        *(["model.backbone.num_conditional_blocks=1"] if backbone == "timm" else []),
+    )
+    network = check_model(compose_model(compose_config, *choices, backbone=backbone), tmp_path)
+    conditional = any(name.startswith("backbone.") for name in find_conditional(network))
+    assert conditional == (num_experts > 1 or backbone == "efficientnet_cc_b0")
