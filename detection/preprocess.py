@@ -106,7 +106,7 @@ class Letterbox(Preprocess):
     ) -> None:
         super().__init__(input_size=input_size, mean=mean, std=std)
         self.centered = centered
-        self.fill = [round(value) for value in _of_channels(mean)]
+        self.fill = [float(round(value)) for value in _of_channels(mean)]
 
     def resize(
         self, image: tv_tensors.Image, boxes: tv_tensors.BoundingBoxes
