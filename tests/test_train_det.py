@@ -323,6 +323,32 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert all(value.isfinite().all() for value in content["model"].values())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_gradient_that_is_not_finite_stops_the_run(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, precision: str
+):
+    """At a finite loss; in fp16 it is an overflow, and the step is left out."""
+    forward, calls = SSDCriterion.forward, 0
+
+    def poisoned(self: Any, predictions: Any, targets: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            predictions.deltas.register_hook(lambda gradient: gradient * float("inf"))
+        return forward(self, predictions, targets)
+
+    monkeypatch.setattr(SSDCriterion, "forward", poisoned)
+    options = ["trainer.steps=3", "trainer.checkpoint_every=1", f"trainer.precision={precision}"]
+    if precision == "fp16":
+        run(*options)
+    else:
+        with pytest.raises(UserError, match=r"step 3: .*, gradient norm (nan|inf)\) on the images"):
+            run(*options)
+    content = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert content["step"] == (3 if precision == "fp16" else 2)
+    assert all(value.isfinite().all() for value in content["model"].values())
+
+
 def test_an_unreadable_image_is_replaced_and_counted(run: Callable[..., Path], tmp_path: Path):
     run("trainer.steps=1", f"data.root={tmp_path / 'shapes'}", name="first")
     (source,) = (tmp_path / "shapes").iterdir()

@@ -70,7 +70,8 @@ def run_training(
         Whether the run came to its end: False where a signal stopped it.
 
     Raises:
-        UserError: where a loss is not finite; last.pt is still that of the last good step.
+        UserError: where a loss or its gradient is not finite; last.pt is still that of the last
+            good step.
     """
     batches = start_loader(make_loader(inputs.dataset, state.step, settings, seed, processes))
     network = distribute(state.network, processes)
@@ -186,21 +187,29 @@ def take_step(
         names = list(losses.sums)
         totals = totals + torch.stack([*losses.sums.values(), losses.num_matches]).detach()
 
-    asked = torch.tensor([float(request.received)], device=device)
-    *sums, num_matches, num_asked = processes.sum(torch.cat([totals, asked])).tolist()  # pyright: ignore
+    state.scaler.unscale_(state.optimizer)
+    gradients = [p.grad for p in state.network.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    asked = torch.tensor(float(request.received), device=device)
+    # All that the host needs to know of a step, so that it waits for the device once.
+    found = torch.cat([torch.stack([norm, asked]), totals])  # pyright: ignore
+    sum_norm, num_asked, *sums, num_matches = processes.sum(found).tolist()
     num_matches = max(num_matches, 1.0)
     values = {name: value / num_matches for name, value in zip(names, sums, strict=True)}
     values = {"loss": sum(values.values()), **values}
-    if not all(math.isfinite(value) for value in values.values()):
-        _refuse_losses(state.step + 1, values, batches, processes)
+    # In fp16 gradients may overflow: the scaler leaves such a step out.
+    checked = values if state.scaler.is_enabled() else {**values, "gradient norm": sum_norm}
+    if not all(math.isfinite(value) for value in checked.values()):
+        _refuse_step(state.step + 1, checked, batches, processes)
 
-    state.scaler.unscale_(state.optimizer)
-    gradients = [p.grad for p in state.network.parameters() if p.grad is not None]
     # DistributedDataParallel gave the mean over the processes.
+    factor = processes.world_size / num_matches
     for gradient in gradients:
-        gradient.mul_(processes.world_size / num_matches)
+        gradient.mul_(factor)
     if settings.gradient_clip_norm is not None:
-        nn.utils.clip_grad_norm_(state.network.parameters(), settings.gradient_clip_norm)
+        nn.utils.clip_grads_with_norm_(
+            state.network.parameters(), settings.gradient_clip_norm, norm * factor
+        )
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.schedule.step()
@@ -354,16 +363,16 @@ def _log(
     logger.log_scalars({f"{kind}/{name}": value for name, value in scalars.items()}, step)
 
 
-def _refuse_losses(
+def _refuse_step(
     step: int, values: dict[str, float], batches: list[Batch], processes: Processes
 ) -> None:
     own = [image_id for batch in batches for image_id in batch.image_ids.tolist()]
     shares = processes.share(processes.gather(own))
     image_ids = sorted(image_id for share in shares for image_id in share)
-    losses = ", ".join(f"{name} {value}" for name, value in values.items())
+    described = ", ".join(f"{name} {value}" for name, value in values.items())
     raise UserError(
-        f"step {step}: the loss is not finite ({losses}) on the images {image_ids}; "
-        "last.pt is that of the last good step: lower optimizer.lr or set "
+        f"step {step}: the loss or its gradient is not finite ({described}) on the images "
+        f"{image_ids}; last.pt is that of the last good step: lower optimizer.lr or set "
         "trainer.gradient_clip_norm"
     )
 
