@@ -63,7 +63,7 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
     from detection.detector import Detector
     from detection.engine.evaluate import Evaluation, evaluate
     from detection.engine.inputs import TrainingInputs
-    from detection.engine.loggers import Logger, NoLogger
+    from detection.engine.loggers import Logger, NoLogger, PatientLogger
     from detection.engine.memory import keep_freed_memory
     from detection.engine.optimization import average_weights, build_optimizer
     from detection.engine.processes import join_processes, launcher
@@ -208,10 +208,10 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
 
         logger: Logger = NoLogger()
         if processes.is_main:
-            logger = build(
-                content["logger"], folder=folder.path, start_step=state.step, config=content
+            logger = PatientLogger(
+                build(content["logger"], folder=folder.path, start_step=state.step, config=content)
             )
-        stack.callback(logger.close)
+        stack.push(lambda kind, *_: logger.close(failed=kind is not None))
         finished = run_training(
             state,
             inputs=inputs,

@@ -35,6 +35,11 @@ class Evaluation(NamedTuple):
     metrics: dict[str, Any]
     results: list[dict[str, Any]]
 
+    @property
+    def scalars(self) -> dict[str, float]:
+        """The metrics that are one number."""
+        return {name: value for name, value in self.metrics.items() if isinstance(value, float)}
+
 
 @torch.no_grad()
 def evaluate(

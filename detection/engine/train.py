@@ -110,10 +110,11 @@ def run_training(
                         text = meter.describe(state.step, scalars)
                         LOGGER.debug("step %d/%d  %s", state.step, settings.steps, text)
                         progress.update(task, description=text)
-                        _log(folder, logger, "train", state.step, scalars)
+                        folder.append_metrics({"kind": "train", "step": state.step, **scalars})
+                        _log_scalars(logger, "train", scalars, state.step)
                 progress.update(task, completed=state.step)
 
-            is_best, saves = False, state.owes_evaluation
+            is_best, saves, evaluation = False, state.owes_evaluation, None
             if settings.checkpoint_every is not None:
                 saves = saves or state.step % settings.checkpoint_every == 0
             if state.owes_evaluation and not stop:
@@ -122,8 +123,7 @@ def run_training(
                 meter.restart()
                 stop = evaluation is None
                 if evaluation is not None:
-                    is_best = _note_evaluation(state, evaluation, folder, logger, processes)
-                    logger.log_picture("detections", partial(draw, evaluation.results), state.step)
+                    is_best = _note_evaluation(state, evaluation, folder, processes)
                     stop = state.stale_evaluations == settings.early_stopping
             if saves or stop:
                 content = state.state_dict(processes)
@@ -135,6 +135,9 @@ def run_training(
                     for old in folder.list_numbered()[settings.keep_last - 1 :]:
                         old.unlink()
                     saved_step = state.step
+            if evaluation is not None:  # when all is safe: a logger may wait for a network
+                _log_scalars(logger, "evaluation", evaluation.scalars, state.step)
+                logger.log_picture("detections", partial(draw, evaluation.results), state.step)
     if unreadable:
         LOGGER.warning("%d images could not be read; others took their places", len(unreadable))
     if state.stale_evaluations == settings.early_stopping:
@@ -329,10 +332,9 @@ def _note_evaluation(
     state: TrainState,
     evaluation: Evaluation,
     folder: RunFolder,
-    logger: Logger,
     processes: Processes,
 ) -> bool:
-    """Log an evaluation, and keep what belongs to the best: metrics.json, detections.json."""
+    """Note an evaluation, and keep what belongs to the best: metrics.json, detections.json."""
     metrics = {"step": state.step, **evaluation.metrics}
     is_best = metrics["AP"] > state.best_metric
     state.stale_evaluations = 0 if is_best else state.stale_evaluations + 1
@@ -340,8 +342,7 @@ def _note_evaluation(
     if is_best:
         state.best_metric = metrics["AP"]
     if processes.is_main:
-        scalars = {k: v for k, v in evaluation.metrics.items() if isinstance(v, float)}
-        _log(folder, logger, "evaluation", state.step, scalars)
+        folder.append_metrics({"kind": "evaluation", "step": state.step, **evaluation.scalars})
         LOGGER.info(
             "step %d: AP %.4f  AP50 %.4f  loss %.4f%s",
             state.step,
@@ -356,10 +357,7 @@ def _note_evaluation(
     return is_best
 
 
-def _log(
-    folder: RunFolder, logger: Logger, kind: str, step: int, scalars: dict[str, float]
-) -> None:
-    folder.append_metrics({"kind": kind, "step": step, **scalars})
+def _log_scalars(logger: Logger, kind: str, scalars: dict[str, float], step: int) -> None:
     logger.log_scalars({f"{kind}/{name}": value for name, value in scalars.items()}, step)
 
 
