@@ -104,7 +104,7 @@ def evaluate(
             results += _known_results(found, image_id, categories)
         unreadable += batch.unreadable
 
-    if processes.sum(torch.tensor(float(stopped), device=processes.device)) > 0:
+    if processes.any(stopped):
         return None
     shares = processes.gather((results, sums, unreadable))
     results = [result for share in shares for result in share[0]]

@@ -5,13 +5,18 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader
+if TYPE_CHECKING:  # torch takes seconds to import, in which a signal may come
+    from torch.utils.data import DataLoader
 
 
 class StopRequest:
-    """Notes SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once."""
+    """Notes SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once.
+
+    Attributes:
+        received: whether one has come, to this process or to another of a run that it was given to.
+    """
 
     def __init__(self) -> None:
         self.received = False

@@ -53,6 +53,7 @@ def run_training(
     settings: TrainerSettings,
     seed: int,
     processes: Processes,
+    request: StopRequest,
     console: Console,
 ) -> bool:
     """Train from `state.step` to `settings.steps`, evaluating and saving on the way.
@@ -65,6 +66,7 @@ def run_training(
             `save_checkpoint`.
         draw: a picture of an evaluation's results, for the logger.
         seed: of the order of the images.
+        request: asked in each step and evaluation.
 
     Returns:
         Whether the run came to its end: False where a signal stopped it.
@@ -87,8 +89,8 @@ def run_training(
         console=console,
         disable=not (processes.is_main and console.is_terminal),
     )
-    stop = False
-    with progress, StopRequest() as request:
+    stop = processes.any(request.received)
+    with progress:
         task = progress.add_task("training", total=settings.steps, completed=state.step)
         while not stop and (state.step < settings.steps or state.owes_evaluation):
             if not state.owes_evaluation:  # else the run was stopped in an evaluation

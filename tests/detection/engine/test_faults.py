@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pkgutil
 import random
 import re
 import signal
@@ -40,11 +41,13 @@ def run_script(
     output: Path,
     environment: dict[str, str],
     kill_at: int | None,
+    signal_at: str | None,
 ) -> None:
     """As `python SCRIPT.py ARGUMENTS > OUTPUT 2>&1`; tells also what annotations it parses.
 
     Args:
         kill_at: SIGKILL comes some milliseconds after the start of the step that follows this one.
+        signal_at: SIGTERM comes to rank 0 each time that it calls this function.
     """
     with output.open("w") as file:
         for stream in (1, 2):
@@ -55,8 +58,13 @@ def run_script(
     sys.argv = [f"{script}.py", *arguments]
     torch.set_num_threads(1)
 
+    dies = kill_at is not None
+
     def take_step_and_die(state: TrainState, *rest: Any) -> Any:
-        if state.step == kill_at:
+        nonlocal dies
+        # The kill before may have come late, after a checkpoint that is beyond this moment.
+        if dies and state.step >= kill_at:
+            dies = False
             delay = random.random() / 30
             threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
         return take_step(state, *rest)
@@ -70,9 +78,18 @@ def run_script(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("detection.engine.train.take_step", take_step_and_die)
         patch.setattr(CocoReader, "read", read_and_tell)
+        if signal_at is not None and environment.get("RANK", "0") == "0":
+            call = pkgutil.resolve_name(signal_at)
+
+            def terminate_and_call(*arguments: Any) -> Any:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return call(*arguments)
+
+            patch.setattr(signal_at, terminate_and_call)
         {"train_det": train_det, "eval_det": eval_det}[script].main()
 
 
+LAUNCHERS = {1: "python", 2: "torchrun --nproc-per-node 2"}
 ON_DEVICE = [
     "data.augmentation.mosaic=0.5",
     "data.augmentation.mixup=0.5",
@@ -140,6 +157,7 @@ def start(
         name: str = "run",
         num_processes: int = 1,
         kill_at: int | None = None,
+        signal_at: str | None = None,
         script: str = "train_det",
         data: list[str] = tiny_data,
     ) -> Run:
@@ -160,7 +178,7 @@ def start(
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             process = context.Process(
                 target=run_script,
-                args=(script, arguments, output, environment | ranks, kill_at),
+                args=(script, arguments, output, environment | ranks, kill_at, signal_at),
             )
             process.start()
             started.append(process)
@@ -229,11 +247,99 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert run.wait() == [0] * num_processes, run.printed()
     step = load_checkpoint(run.last)["step"]
     assert 0 < step < 5000
-    launcher = "python" if num_processes == 1 else "torchrun --nproc-per-node 2"
-    line = (
-        f"stopped at step {step}; go on with: {launcher} train_det.py run_dir={run.folder} resume"
+    line = f"stopped at step {step}; go on with: {LAUNCHERS[num_processes]} train_det.py run_dir="
+    assert run.printed().count(f"{line}{run.folder} resume=true\n") == 1
+
+
+@pytest.mark.parametrize("program", ["train_det.py", "train-det", "torchrun"])
+def test_the_printed_command_goes_on(
+    start_script: Callable[..., subprocess.Popen[str]],
+    tiny_model: list[str],
+    tiny_data: list[str],
+    tmp_path: Path,
+    program: str,
+):
+    """Also in a folder whose name needs quotes; torchrun takes Ctrl-C for a failure of its own."""
+    run = Run(tmp_path / "a run, no (1)", [], [])
+    folder = f"run_dir='{run.folder}'"
+    options = [*tiny_model, *tiny_data, "trainer.steps=100000", folder]
+    bin = Path(sys.executable).parent
+    script = str(bin / "train-det") if program == "train-det" else "train_det.py"
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"] * (program == "torchrun")
+    process = start_script(script, *options, launcher=launcher)
+    while run.step() < 1:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    assert (process.returncode == 0) == (program != "torchrun"), printed
+    (line,) = re.findall(r"stopped at step \d+; go on with: (.*)", printed)
+    assert line.startswith(("python ", "torchrun ") if program != "train-det" else str(bin))
+    step = load_checkpoint(run.last)["step"]
+    environment = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    again = subprocess.run(
+        f"{line} trainer.steps={step + 1}",
+        shell=True,
+        env=environment,
+        cwd=Path(train_det.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
-    assert run.printed().count(line) == 1
+    assert again.returncode == 0, again.stderr
+    assert load_checkpoint(run.last)["step"] == step + 1
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_signal_in_the_start_ends_before_the_first_step(
+    start: Callable[..., Run], num_processes: int
+):
+    """To one process of two. What was begun goes on."""
+    options = ["trainer.steps=2", "trainer.num_workers=1"]
+    run = start(
+        *options, num_processes=num_processes, signal_at="detection.data.sources.load_split"
+    )
+    assert run.wait() == [0] * num_processes, run.printed()
+    assert run.printed().count(f"stopped at step 0; go on with: {LAUNCHERS[num_processes]}") == 1
+    assert run.lines() == [] and not run.last.exists()
+    run = start("resume=true", num_processes=num_processes)
+    assert run.wait() == [0] * num_processes, run.printed()
+    assert load_checkpoint(run.last)["step"] == 2
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_signal_in_the_final_evaluation_ends_it(start: Callable[..., Run], num_processes: int):
+    place = "detection.evaluation.coco.metrics_table"
+    run = start("trainer.steps=1", num_processes=num_processes, signal_at=place)
+    assert run.wait() == [0] * num_processes, run.printed()
+    assert run.printed().count(f"stopped at step 1; go on with: {LAUNCHERS[num_processes]}") == 1
+    pictures = run.folder / "visualizations"
+    assert not pictures.exists()
+    run = start("resume=true", num_processes=num_processes)
+    assert run.wait() == [0] * num_processes, run.printed()
+    assert "done: best AP" in run.printed() and (pictures / "overview.jpg").exists()
+
+
+def test_a_signal_ends_a_sweep(start: Callable[..., Run]):
+    sweep = start("trainer.steps=100000", "seed=0,1,2", "--multirun", name="sweep")
+    job = Run(sweep.folder / "0", sweep.processes, sweep.outputs)
+    job.wait_for(lambda: job.step() > 0)
+    sweep.processes[0].terminate()
+    assert sweep.wait() == [0], sweep.printed()
+    assert load_checkpoint(job.last)["step"] > 0
+    assert "stopped before job 1\nstopped before job 2\n" in sweep.printed()
+    assert sorted(path.name for path in sweep.folder.iterdir()) == ["0", "multirun.yaml"]
+
+
+def test_a_sweep_goes_on_after_a_mistake(start: Callable[..., Run]):
+    options = ["trainer.steps=1", "trainer.batch_size=4,3,4", "trainer.num_micro_batches=2"]
+    sweep = start(*options, "--multirun", name="sweep")
+    assert sweep.wait() == [1], sweep.printed()
+    assert sweep.printed().count("error: ") == 1
+    assert "error: job 1: trainer.batch_size=3 cannot be shared" in sweep.printed()
+    ended = [(sweep.folder / name / "metrics.json").exists() for name in "012"]
+    assert ended == [True, False, True]
 
 
 @pytest.mark.parametrize("stopped_at", [2, 4])
