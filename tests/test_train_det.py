@@ -349,7 +349,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     assert all(value.isfinite().all() for value in content["model"].values())
 
 
-def test_an_unreadable_image_is_replaced_and_counted(run: Callable[..., Path], tmp_path: Path):
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_unreadable_image_is_replaced_and_counted(
+    run: Callable[..., Path], tmp_path: Path, num_workers: int
+):
     run("trainer.steps=1", f"data.root={tmp_path / 'shapes'}", name="first")
     (source,) = (tmp_path / "shapes").iterdir()
     images = [f"data.{split}.images={tmp_path / split}" for split in ("train", "val")]
@@ -362,7 +365,9 @@ def test_an_unreadable_image_is_replaced_and_counted(run: Callable[..., Path], t
         for number, file in enumerate(sorted((source / "images" / split).iterdir())):
             content = file.read_bytes()
             (tmp_path / split / file.name).write_bytes(content[:200] if number == 0 else content)
-    folder = run("trainer.steps=3", data=["data=custom", *images, *files], name="broken")
+    options = [f"{section}.num_workers={num_workers}" for section in ("trainer", "evaluation")]
+    data = ["data=custom", *images, *files]
+    folder = run("trainer.steps=3", *options, data=data, name="broken")
     log = (folder / "train.log").read_text()
     assert "another image takes its place" in log
     assert "1 images could not be read" in log

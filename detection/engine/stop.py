@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds to import, in which a signal may come
@@ -38,14 +39,30 @@ class StopRequest:
         self.received = True
 
 
-def start_loader(loader: DataLoader[Any]) -> Iterator[Any]:
-    """`iter(loader)`, whose workers are deaf to SIGINT and SIGTERM: a signal to the whole group
-    (Ctrl-C, a scheduler's SIGTERM) is for the main process, which needs its workers for the step at
-    hand and ends them itself. They inherit a mask, since a handler would come too late for some."""
+@contextmanager
+def start_loader(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
+    """`iter(loader)`, whose workers are deaf to SIGINT and SIGTERM and end with the context.
+
+    A signal to the whole group (Ctrl-C, a scheduler's SIGTERM) is for the main process, which needs
+    its workers for the step at hand. They inherit a mask, since a handler would come too late for
+    some. At an error they must end here: the program's exit would send them SIGTERM, and wait.
+    """
+    with _signals_blocked():
+        batches: Any = iter(loader)
+    try:
+        yield batches
+    finally:
+        if loader.num_workers > 0:
+            batches._shutdown_workers()
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
-        return iter(loader)
+        yield
+        return
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
-        return iter(loader)
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

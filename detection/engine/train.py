@@ -75,7 +75,7 @@ def run_training(
         UserError: where a loss or its gradient is not finite; last.pt is still that of the last
             good step.
     """
-    batches = start_loader(make_loader(inputs.dataset, state.step, settings, seed, processes))
+    loader = make_loader(inputs.dataset, state.step, settings, seed, processes)
     network = distribute(state.network, processes)
     set_training_mode(state.network, freeze_batch_norm=settings.freeze_batch_norm)
     meter = Meter(settings)
@@ -90,7 +90,7 @@ def run_training(
         disable=not (processes.is_main and console.is_terminal),
     )
     stop = processes.any(request.received)
-    with progress:
+    with progress, start_loader(loader) as batches:
         task = progress.add_task("training", total=settings.steps, completed=state.step)
         while not stop and (state.step < settings.steps or state.owes_evaluation):
             if not state.owes_evaluation:  # else the run was stopped in an evaluation

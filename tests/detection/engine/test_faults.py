@@ -384,6 +384,29 @@ def test_a_signal_in_an_evaluation_ends_it(
     )
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_of_two_runs_in_one_folder_one_is_refused(
+    start: Callable[..., Run], run: Callable[..., Path], resume: bool
+):
+    if resume:
+        run("trainer.steps=1")
+    options = ["trainer.steps=100000", f"resume={str(resume).lower()}"]
+    runs = [start(*options), start(*options)]
+    end = time.monotonic() + 60
+    while all(one.processes[0].is_alive() for one in runs) and time.monotonic() < end:
+        time.sleep(0.01)
+    refused, goes_on = sorted(runs, key=lambda one: one.processes[0].is_alive())
+    assert refused.processes[0].exitcode == 1, refused.printed()
+    reason = r"is in use by (process \d+ on|another run)" + r"|already holds a run" * (not resume)
+    (line,) = [line for line in refused.printed().splitlines() if line.startswith("error: ")]
+    assert re.match(f"error: {refused.folder} ({reason})", line)
+    goes_on.wait_for(lambda: goes_on.step() > 2)
+    goes_on.processes[0].terminate()
+    assert goes_on.wait() == [0], goes_on.printed()
+    steps = [line["step"] for line in goes_on.lines() if line["kind"] == "train"]
+    assert steps == list(range(1, load_checkpoint(goes_on.last)["step"] + 1))
+
+
 def test_a_killed_worker_is_named(start: Callable[..., Run]):
     run = start("trainer.steps=5000", "trainer.num_workers=1", "trainer.checkpoint_every=1")
     run.wait_for(lambda: run.step() > 1)
@@ -428,6 +451,21 @@ def test_a_data_folder_that_vanishes_is_one_line(
     assert_equal_weights(whole, tmp_path / "run")
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_vanished_folder_is_one_line_from_a_worker_too(
+    start: Callable[..., Run], custom_data: list[str], split: str
+):
+    options = ["trainer.num_workers=1", "evaluation.num_workers=1", "trainer.steps=100000"]
+    run = start(*options, "trainer.evaluate_every=20", data=custom_data)
+    run.wait_for(lambda: run.step() > 0)
+    (word,) = [word for word in custom_data if word.startswith(f"data.{split}.images=")]
+    images = Path(word.split("=")[1])
+    images.rename(images.with_name("aside"))
+    assert run.wait() == [1], run.printed()
+    assert run.printed().splitlines()[-1].startswith(f"error: {images}: the folder of images is")
+    assert run.printed().count("error: ") == 1 and "Traceback" not in run.printed()
+
+
 def test_the_death_of_one_process_ends_them_all(
     tiny_model: list[str],
     tiny_data: list[str],
@@ -448,6 +486,33 @@ def test_the_death_of_one_process_ends_them_all(
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
     assert "another process of this run has ended" in printed
     assert re.search(r"rank +: 1 \(local_rank: 1\)\s+exitcode +: -9", printed), printed
+
+
+def test_two_nodes_are_one_run(
+    start_script: Callable[..., subprocess.Popen[str]],
+    tiny_model: list[str],
+    tiny_data: list[str],
+    tmp_path: Path,
+):
+    """Each with a process of local rank 0, and a clock of its own that names the run folder."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting_point = f"127.0.0.1:{probe.getsockname()[1]}"
+    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    launcher += ["--rdzv-backend=c10d", "--rdzv-id=1", f"--rdzv-endpoint={meeting_point}"]
+    folder = "run_dir=runs/${now:%Y-%m-%d_%H-%M-%S-%f}"
+    options = [*tiny_model, *tiny_data, "trainer.steps=2", folder]
+    nodes = [
+        start_script("train_det.py", *options, launcher=launcher, cwd=tmp_path) for _ in range(2)
+    ]
+    printed = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    (path,) = (tmp_path / "runs").iterdir()
+    run = Run(path, [], [])
+    assert [line["step"] for line in run.lines()] == [1, 2, 2]
+    random_states = load_checkpoint(run.last)["random_states"]
+    assert len(random_states) == 2
+    assert sum(f"run folder runs/{path.name}" in text for text in printed) == 1
 
 
 def read_environment(pid: int) -> dict[str, str]:
@@ -476,6 +541,29 @@ def test_two_processes_give_the_losses_of_one_also_after_a_fall_back(
     for a, b in zip(expected, found, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     assert expected[-1]["AP"] == pytest.approx(found[-1]["AP"], abs=1e-6)
+
+
+def test_two_processes_detect_what_one_does(
+    start: Callable[..., Run], custom_data: list[str], trained: Path, tmp_path: Path
+):
+    """Five images for two, each a batch of its own, as the size of a batch may change rounding."""
+    options = [f"checkpoint={trained / 'checkpoints' / 'last.pt'}", "device=cpu"]
+    options += ["evaluation.num_workers=1", "evaluation.batch_size=1"]
+    results, metrics = [], []
+    for num_processes in (1, 2):
+        output = tmp_path / str(num_processes)
+        own = {"num_processes": num_processes, "script": "eval_det", "data": custom_data}
+        run = start(*options, f"output={output}", **own)
+        assert run.wait() == [0] * num_processes, run.printed()
+        found = json.loads((output / "detections.json").read_text())
+        results.append(sorted(found, key=lambda result: sorted(map(str, result.items()))))
+        metrics.append(json.loads((output / "metrics.json").read_text()))
+    assert len({result["image_id"] for result in results[0]}) == 5
+    assert results[0] == results[1]
+    one, two = metrics
+    losses = [name for name in one if name.startswith("loss")]
+    assert [one.pop(name) for name in losses] == pytest.approx([two.pop(name) for name in losses])
+    assert one == two
 
 
 @pytest.fixture
