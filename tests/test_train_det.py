@@ -339,6 +339,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
 
     monkeypatch.setattr(SSDCriterion, "forward", poisoned)
     options = ["trainer.steps=3", "trainer.checkpoint_every=1", f"trainer.precision={precision}"]
+    # torch leaves parts of bf16 gradients unset where a padded convolution has a 1 x 1 map.
+    options += ["model.input_size=300"]
     if precision == "fp16":
         run(*options)
     else:
@@ -389,7 +391,7 @@ def test_early_stopping(run: Callable[..., Path]):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["trainer.precision=bf16"],
+        ["trainer.precision=bf16", "model.input_size=300"],
         ["trainer.channels_last=true", "trainer.ema_decay=null"],
         ["optimizer=adamw", "schedule=constant", "trainer.gradient_clip_norm=null"],
         ["model.num_experts=1"],
