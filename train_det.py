@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from detection.cli import (
@@ -11,9 +12,11 @@ from detection.cli import (
     job_number,
     lay_over,
     plain,
+    resume_command,
     run_script,
     split_data,
 )
+from detection.engine.stop import StopRequest
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -21,17 +24,23 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """The command `train-det`."""
-    run_script(_job, config_name="train")
+    with StopRequest() as request:
+        run_script(partial(_job, request=request), config_name="train")
 
 
-def _job(config: DictConfig) -> None:
+def _job(config: DictConfig, request: StopRequest) -> None:
     number = job_number()
     if number is not None:
         config.run_dir = f"{config.run_dir}/{number}"
-    train(config, overrides=hydra_overrides())
+    if number and request.received:  # a signal stops a sweep, not only the job that runs
+        print(f"stopped before job {number}", flush=True)
+        return
+    train(config, overrides=hydra_overrides(), request=request)
 
 
-def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def train(
+    config: DictConfig, *, overrides: Sequence[str] = (), request: StopRequest | None = None
+) -> dict[str, Any]:
     """Train as a config says.
 
     Args:
@@ -47,7 +56,6 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
     """
     # Imported when the config is known to be sound: torch takes seconds.
     from contextlib import ExitStack
-    from functools import partial
 
     import torch
     from PIL import Image
@@ -63,7 +71,7 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
     from detection.detector import Detector
     from detection.engine.evaluate import Evaluation, evaluate
     from detection.engine.inputs import TrainingInputs
-    from detection.engine.loggers import Logger, NoLogger
+    from detection.engine.loggers import Logger, NoLogger, PatientLogger
     from detection.engine.memory import keep_freed_memory
     from detection.engine.optimization import average_weights, build_optimizer
     from detection.engine.processes import join_processes, launcher
@@ -95,6 +103,8 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
     console = Console()
 
     with join_processes(settings.device) as processes, ExitStack() as stack:
+        if request is None:
+            request = stack.enter_context(StopRequest())
         # Everything is checked and built before the run folder is touched.
         start_logging(console, None, is_main=processes.is_main)
         settings.check_shares(processes.world_size)
@@ -208,10 +218,10 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
 
         logger: Logger = NoLogger()
         if processes.is_main:
-            logger = build(
-                content["logger"], folder=folder.path, start_step=state.step, config=content
+            logger = PatientLogger(
+                build(content["logger"], folder=folder.path, start_step=state.step, config=content)
             )
-        stack.callback(logger.close)
+        stack.push(lambda kind, *_: logger.close(failed=kind is not None))
         finished = run_training(
             state,
             inputs=inputs,
@@ -225,27 +235,22 @@ def train(config: DictConfig, *, overrides: Sequence[str] = ()) -> dict[str, Any
             settings=settings,
             seed=content["seed"],
             processes=processes,
+            request=request,
             console=console,
         )
-        if not finished:
-            LOGGER.info(
-                "stopped at step %d; go on with: %s train_det.py run_dir=%s resume=true",
-                state.step,
-                launcher(),
-                folder.path,
-            )
-        elif processes.is_main:
+        if finished and processes.is_main:
             results = read_json(folder.detections)
             metrics = {**read_json(folder.metrics), **final_evaluator.evaluate(results)}
             write_metrics(metrics, folder.metrics)
             console.print(metrics_table(metrics))
-            draw_results(
-                val_index,
-                results,
-                folder.visualizations,
-                **pictures,
-            )
-            LOGGER.info("done: best AP %.4f; see %s", state.best_metric, folder.path)
+            finished = not request.received
+            if finished:
+                draw_results(val_index, results, folder.visualizations, **pictures)
+                LOGGER.info("done: best AP %.4f; see %s", state.best_metric, folder.path)
+        if not finished:
+            command = resume_command(folder.path, launcher())
+            LOGGER.info("stopped at step %d; go on with: %s", state.step, command)
+        request.received = processes.any(request.received)
         metrics = read_json(folder.metrics) if folder.metrics.exists() else {}
         return processes.share(metrics)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -34,21 +36,27 @@ def config_dir() -> Path:
 def run_script(job: Callable[[DictConfig], object], *, config_name: str) -> None:
     """Compose the config from the command line and give it to `job`.
 
-    A mistake of the user ends the program with one line and status 1.
+    A mistake of the user is one line and, at the end, status 1; the other jobs of a sweep run.
     """
     # A traceback is for bugs, and then a whole one.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    failed = False
 
     def guarded(config: DictConfig) -> None:
+        nonlocal failed
         try:
             job(config)
+            return
         except UserError as error:
-            fail(error)
+            line = _line(error)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             place = error.filename or "a file could not be written"
-            fail(UserError(f"{place}: {error.strerror}: make room; a run goes on with resume=true"))
+            line = f"{place}: {error.strerror}: make room; a run goes on with resume=true"
+        failed = True
+        number = job_number()
+        _print_mistake(line if number is None else f"job {number}: {line}")
 
     arguments = sys.argv[1:]
     if not {"--help", "-h", "--hydra-help", "--version"} & set(arguments):
@@ -59,14 +67,23 @@ def run_script(job: Callable[[DictConfig], object], *, config_name: str) -> None
     hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(
         guarded
     )()
+    if failed:
+        sys.exit(1)
 
 
-def fail(error: UserError) -> None:
+def fail(error: UserError) -> NoReturn:
     """Print one line and exit with status 1."""
-    # One from a loader's worker carries the worker's traceback before its own line.
-    line = str(error).splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
-    print(f"error: {line}", file=sys.stderr)
+    _print_mistake(_line(error))
     sys.exit(1)
+
+
+def _line(error: UserError) -> str:
+    # One from a loader's worker carries the worker's traceback before its own line.
+    return str(error).splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+
+
+def _print_mistake(line: str) -> None:
+    print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 def check_overrides(config_name: str, words: list[str]) -> None:
@@ -174,6 +191,25 @@ def job_number() -> int | None:
     """The number of this job in a sweep (`--multirun`); None outside one."""
     config = HydraConfig.get()
     return config.job.num if config.mode == RunMode.MULTIRUN else None
+
+
+def resume_command(run_dir: Path, launcher: str) -> str:
+    """What to type into a shell to go on with a run of train_det.py.
+
+    Args:
+        launcher: the words before the script, where that is not itself the command.
+    """
+    script = Path(sys.argv[0])
+    words = f"{launcher} train_det.py"
+    if script.name == "train_det.py":
+        words = f"{launcher} {shlex.quote(str(script))}"
+    elif script.name == "train-det":
+        words = shlex.quote(str(script))
+    path = str(run_dir)
+    if not re.fullmatch(r"[\w./-]+", path, re.ASCII):
+        # Once for Hydra, to whom a comma is a sweep, and once for the shell.
+        path = shlex.quote('"' + path.replace('"', '\\"') + '"')
+    return f"{words} run_dir={path} resume=true"
 
 
 def split_data(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -5,7 +5,8 @@
 
 The overrides are those of train_det.py. Each trial is a run in a folder of its own, DIR/0, DIR/1
 and on; what Optuna knows is in DIR/study.db, so that the same command adds trials, also from
-several machines at once. A trial that diverges counts as failed, and the search goes on.
+several machines at once (with --seed each call draws the same ones again). A trial that diverges
+counts as failed, and the search goes on; SIGTERM and Ctrl-C end it, the trial at hand as failed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import optuna
 from hydra import compose, initialize_config_dir
 
 from detection.cli import check_overrides, config_dir, fail
+from detection.engine.stop import StopRequest
 from detection.errors import UserError
 from train_det import train
 
@@ -34,8 +36,13 @@ def suggest(trial: optuna.Trial) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def search(*, num_trials: int, output: Path, seed: int, overrides: Sequence[str]) -> optuna.Study:
+def search(
+    *, num_trials: int, output: Path, overrides: Sequence[str], seed: int | None = None
+) -> optuna.Study:
     """Run trials; the best of the study is that of the highest AP.
+
+    Args:
+        seed: of the sampler, which starts with it anew in each call: the same trials again.
 
     Raises:
         UserError: where the overrides are wrong.
@@ -47,7 +54,11 @@ def search(*, num_trials: int, output: Path, seed: int, overrides: Sequence[str]
         chosen = [*overrides, *suggest(trial), f"run_dir='{output / str(trial.number)}'"]
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             config = compose("train", overrides=chosen)
-        return train(config)["AP"]
+        metrics = train(config, request=request)
+        if request.received:
+            study.stop()
+            raise UserError(f"stopped: {output / str(trial.number)} is not trained to its end")
+        return metrics["AP"]
 
     study = optuna.create_study(
         study_name="detection",
@@ -56,7 +67,8 @@ def search(*, num_trials: int, output: Path, seed: int, overrides: Sequence[str]
         direction="maximize",
         sampler=optuna.samplers.TPESampler(seed=seed),
     )
-    study.optimize(run_trial, n_trials=num_trials, catch=(UserError,))
+    with StopRequest() as request:
+        study.optimize(run_trial, n_trials=num_trials, catch=(UserError,))
     return study
 
 
@@ -66,7 +78,7 @@ def main() -> None:
     )
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int)
     arguments, overrides = parser.parse_known_args()
     try:
         study = search(
@@ -75,6 +87,8 @@ def main() -> None:
             seed=arguments.seed,
             overrides=overrides,
         )
+        if not study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
+            raise UserError(f"no trial of {arguments.output} has come to its end")
         print(f"best AP {study.best_value:.4f}: {study.best_params}, run {study.best_trial.number}")
     except UserError as error:
         fail(error)

@@ -35,6 +35,11 @@ class Evaluation(NamedTuple):
     metrics: dict[str, Any]
     results: list[dict[str, Any]]
 
+    @property
+    def scalars(self) -> dict[str, float]:
+        """The metrics that are one number."""
+        return {name: value for name, value in self.metrics.items() if isinstance(value, float)}
+
 
 @torch.no_grad()
 def evaluate(
@@ -84,22 +89,23 @@ def evaluate(
     sums: dict[str, float] = {}
     unreadable: list[str] = []
     stopped = False
-    for batch in start_loader(loader):
-        stopped = should_stop()
-        if stopped:
-            break
-        predictions = detector.forward(batch.images)
-        if criterion is not None:
-            targets = batch.targets._replace(labels=own_labels[batch.targets.labels])
-            losses = criterion(predictions, targets.to(processes.device))
-            for name, value in {**losses.sums, "num_matches": losses.num_matches}.items():
-                sums[name] = sums.get(name, 0.0) + value.item()
-        detections = unbatch(detector.decode(predictions, batch.sizes))
-        for image_id, found in zip(batch.image_ids.tolist(), detections, strict=True):
-            results += _known_results(found, image_id, categories)
-        unreadable += batch.unreadable
+    with start_loader(loader) as loaded:
+        for batch in loaded:
+            stopped = should_stop()
+            if stopped:
+                break
+            predictions = detector.forward(batch.images)
+            if criterion is not None:
+                targets = batch.targets._replace(labels=own_labels[batch.targets.labels])
+                losses = criterion(predictions, targets.to(processes.device))
+                for name, value in {**losses.sums, "num_matches": losses.num_matches}.items():
+                    sums[name] = sums.get(name, 0.0) + value.item()
+            detections = unbatch(detector.decode(predictions, batch.sizes))
+            for image_id, found in zip(batch.image_ids.tolist(), detections, strict=True):
+                results += _known_results(found, image_id, categories)
+            unreadable += batch.unreadable
 
-    if processes.sum(torch.tensor(float(stopped), device=processes.device)) > 0:
+    if processes.any(stopped):
         return None
     shares = processes.gather((results, sums, unreadable))
     results = [result for share in shares for result in share[0]]

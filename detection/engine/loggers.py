@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from detection.engine.run_folder import LOGGER
 from detection.errors import UserError
 
 
@@ -25,7 +27,8 @@ class Logger(Protocol):
     def log_picture(self, name: str, draw: Callable[[], Image.Image], step: int) -> None:
         """Log what `draw` gives; a logger without pictures does not call it."""
 
-    def close(self) -> None: ...
+    def close(self, *, failed: bool) -> None:
+        """End with the run, which an error has ended where `failed`."""
 
 
 class NoLogger:
@@ -37,7 +40,36 @@ class NoLogger:
 
     def log_picture(self, name: str, draw: Callable[[], Image.Image], step: int) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, *, failed: bool) -> None: ...
+
+
+class PatientLogger:
+    """Passes all on to a logger, and where that fails warns once: a run outlives its tracker."""
+
+    def __init__(self, logger: Logger) -> None:
+        self._logger = logger
+        self._warned = False
+
+    def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        self._try(lambda: self._logger.log_scalars(scalars, step))
+
+    def log_picture(self, name: str, draw: Callable[[], Image.Image], step: int) -> None:
+        self._try(lambda: self._logger.log_picture(name, draw, step))
+
+    def close(self, *, failed: bool) -> None:
+        self._try(lambda: self._logger.close(failed=failed))
+
+    def _try(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # each logger's library has its own
+            if not self._warned:
+                reason = (str(error).splitlines() or [""])[0]
+                LOGGER.warning(
+                    "the logger failed, and the run goes on; metrics.jsonl has all (%s: %s)",
+                    *(type(error).__name__, reason),
+                )
+            self._warned = True
 
 
 class TensorBoardLogger:
@@ -56,7 +88,7 @@ class TensorBoardLogger:
     def log_picture(self, name: str, draw: Callable[[], Image.Image], step: int) -> None:
         self._writer.add_image(name, np.asarray(draw()), step, dataformats="HWC")
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         self._writer.close()
 
 
@@ -107,8 +139,8 @@ class WandbLogger:
     def log_picture(self, name: str, draw: Callable[[], Image.Image], step: int) -> None:
         self._run.log({name: self._wandb.Image(draw()), "step": step})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 class MLflowLogger:
@@ -133,6 +165,7 @@ class MLflowLogger:
     ) -> None:
         del start_step
         mlflow = _import("mlflow")
+        self._metric = mlflow.entities.Metric
         id_file = folder / "mlflow_id"
         try:
             self._client = mlflow.MlflowClient(tracking_uri)
@@ -149,14 +182,15 @@ class MLflowLogger:
             raise UserError(f"logger=mlflow: {str(error).splitlines()[0]}") from error
 
     def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
-        for name, value in scalars.items():
-            self._client.log_metric(self._id, name, value, step=step)
+        now = round(1000 * time.time())
+        metrics = [self._metric(name, value, now, step) for name, value in scalars.items()]
+        self._client.log_batch(self._id, metrics)
 
     def log_picture(self, name: str, draw: Callable[[], Image.Image], step: int) -> None:
         self._client.log_image(self._id, draw(), f"{name}/step_{step:08d}.png")
 
-    def close(self) -> None:
-        self._client.set_terminated(self._id)
+    def close(self, *, failed: bool) -> None:
+        self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")
 
 
 def _import(name: str) -> Any:

@@ -42,6 +42,10 @@ class Processes(NamedTuple):
             dist.all_reduce(values)
         return values
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is set in any process."""
+        return self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
+
     def gather(self, value: T) -> list[T]:
         """Every process's value, by rank, in rank 0; nothing in the others."""
         if self.world_size == 1:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader
+if TYPE_CHECKING:  # torch takes seconds to import, in which a signal may come
+    from torch.utils.data import DataLoader
 
 
 class StopRequest:
-    """Notes SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once."""
+    """Notes SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once.
+
+    Attributes:
+        received: whether one has come, to this process or to another of a run that it was given to.
+    """
 
     def __init__(self) -> None:
         self.received = False
@@ -33,14 +39,30 @@ class StopRequest:
         self.received = True
 
 
-def start_loader(loader: DataLoader[Any]) -> Iterator[Any]:
-    """`iter(loader)`, whose workers are deaf to SIGINT and SIGTERM: a signal to the whole group
-    (Ctrl-C, a scheduler's SIGTERM) is for the main process, which needs its workers for the step at
-    hand and ends them itself. They inherit a mask, since a handler would come too late for some."""
+@contextmanager
+def start_loader(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
+    """`iter(loader)`, whose workers are deaf to SIGINT and SIGTERM and end with the context.
+
+    A signal to the whole group (Ctrl-C, a scheduler's SIGTERM) is for the main process, which needs
+    its workers for the step at hand. They inherit a mask, since a handler would come too late for
+    some. At an error they must end here: the program's exit would send them SIGTERM, and wait.
+    """
+    with _signals_blocked():
+        batches: Any = iter(loader)
+    try:
+        yield batches
+    finally:
+        if loader.num_workers > 0:
+            batches._shutdown_workers()
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
-        return iter(loader)
+        yield
+        return
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
-        return iter(loader)
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -53,6 +53,7 @@ def run_training(
     settings: TrainerSettings,
     seed: int,
     processes: Processes,
+    request: StopRequest,
     console: Console,
 ) -> bool:
     """Train from `state.step` to `settings.steps`, evaluating and saving on the way.
@@ -65,14 +66,16 @@ def run_training(
             `save_checkpoint`.
         draw: a picture of an evaluation's results, for the logger.
         seed: of the order of the images.
+        request: asked in each step and evaluation.
 
     Returns:
         Whether the run came to its end: False where a signal stopped it.
 
     Raises:
-        UserError: where a loss is not finite; last.pt is still that of the last good step.
+        UserError: where a loss or its gradient is not finite; last.pt is still that of the last
+            good step.
     """
-    batches = start_loader(make_loader(inputs.dataset, state.step, settings, seed, processes))
+    loader = make_loader(inputs.dataset, state.step, settings, seed, processes)
     network = distribute(state.network, processes)
     set_training_mode(state.network, freeze_batch_norm=settings.freeze_batch_norm)
     meter = Meter(settings)
@@ -86,8 +89,8 @@ def run_training(
         console=console,
         disable=not (processes.is_main and console.is_terminal),
     )
-    stop = False
-    with progress, StopRequest() as request:
+    stop = processes.any(request.received)
+    with progress, start_loader(loader) as batches:
         task = progress.add_task("training", total=settings.steps, completed=state.step)
         while not stop and (state.step < settings.steps or state.owes_evaluation):
             if not state.owes_evaluation:  # else the run was stopped in an evaluation
@@ -109,10 +112,11 @@ def run_training(
                         text = meter.describe(state.step, scalars)
                         LOGGER.debug("step %d/%d  %s", state.step, settings.steps, text)
                         progress.update(task, description=text)
-                        _log(folder, logger, "train", state.step, scalars)
+                        folder.append_metrics({"kind": "train", "step": state.step, **scalars})
+                        _log_scalars(logger, "train", scalars, state.step)
                 progress.update(task, completed=state.step)
 
-            is_best, saves = False, state.owes_evaluation
+            is_best, saves, evaluation = False, state.owes_evaluation, None
             if settings.checkpoint_every is not None:
                 saves = saves or state.step % settings.checkpoint_every == 0
             if state.owes_evaluation and not stop:
@@ -121,8 +125,7 @@ def run_training(
                 meter.restart()
                 stop = evaluation is None
                 if evaluation is not None:
-                    is_best = _note_evaluation(state, evaluation, folder, logger, processes)
-                    logger.log_picture("detections", partial(draw, evaluation.results), state.step)
+                    is_best = _note_evaluation(state, evaluation, folder, processes)
                     stop = state.stale_evaluations == settings.early_stopping
             if saves or stop:
                 content = state.state_dict(processes)
@@ -134,6 +137,9 @@ def run_training(
                     for old in folder.list_numbered()[settings.keep_last - 1 :]:
                         old.unlink()
                     saved_step = state.step
+            if evaluation is not None:  # when all is safe: a logger may wait for a network
+                _log_scalars(logger, "evaluation", evaluation.scalars, state.step)
+                logger.log_picture("detections", partial(draw, evaluation.results), state.step)
     if unreadable:
         LOGGER.warning("%d images could not be read; others took their places", len(unreadable))
     if state.stale_evaluations == settings.early_stopping:
@@ -186,21 +192,29 @@ def take_step(
         names = list(losses.sums)
         totals = totals + torch.stack([*losses.sums.values(), losses.num_matches]).detach()
 
-    asked = torch.tensor([float(request.received)], device=device)
-    *sums, num_matches, num_asked = processes.sum(torch.cat([totals, asked])).tolist()  # pyright: ignore
+    state.scaler.unscale_(state.optimizer)
+    gradients = [p.grad for p in state.network.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    asked = torch.tensor(float(request.received), device=device)
+    # All that the host needs to know of a step, so that it waits for the device once.
+    found = torch.cat([torch.stack([norm, asked]), totals])  # pyright: ignore
+    sum_norm, num_asked, *sums, num_matches = processes.sum(found).tolist()
     num_matches = max(num_matches, 1.0)
     values = {name: value / num_matches for name, value in zip(names, sums, strict=True)}
     values = {"loss": sum(values.values()), **values}
-    if not all(math.isfinite(value) for value in values.values()):
-        _refuse_losses(state.step + 1, values, batches, processes)
+    # In fp16 gradients may overflow: the scaler leaves such a step out.
+    checked = values if state.scaler.is_enabled() else {**values, "gradient norm": sum_norm}
+    if not all(math.isfinite(value) for value in checked.values()):
+        _refuse_step(state.step + 1, checked, batches, processes)
 
-    state.scaler.unscale_(state.optimizer)
-    gradients = [p.grad for p in state.network.parameters() if p.grad is not None]
     # DistributedDataParallel gave the mean over the processes.
+    factor = processes.world_size / num_matches
     for gradient in gradients:
-        gradient.mul_(processes.world_size / num_matches)
+        gradient.mul_(factor)
     if settings.gradient_clip_norm is not None:
-        nn.utils.clip_grad_norm_(state.network.parameters(), settings.gradient_clip_norm)
+        nn.utils.clip_grads_with_norm_(
+            state.network.parameters(), settings.gradient_clip_norm, norm * factor
+        )
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.schedule.step()
@@ -320,10 +334,9 @@ def _note_evaluation(
     state: TrainState,
     evaluation: Evaluation,
     folder: RunFolder,
-    logger: Logger,
     processes: Processes,
 ) -> bool:
-    """Log an evaluation, and keep what belongs to the best: metrics.json, detections.json."""
+    """Note an evaluation, and keep what belongs to the best: metrics.json, detections.json."""
     metrics = {"step": state.step, **evaluation.metrics}
     is_best = metrics["AP"] > state.best_metric
     state.stale_evaluations = 0 if is_best else state.stale_evaluations + 1
@@ -331,8 +344,7 @@ def _note_evaluation(
     if is_best:
         state.best_metric = metrics["AP"]
     if processes.is_main:
-        scalars = {k: v for k, v in evaluation.metrics.items() if isinstance(v, float)}
-        _log(folder, logger, "evaluation", state.step, scalars)
+        folder.append_metrics({"kind": "evaluation", "step": state.step, **evaluation.scalars})
         LOGGER.info(
             "step %d: AP %.4f  AP50 %.4f  loss %.4f%s",
             state.step,
@@ -347,23 +359,20 @@ def _note_evaluation(
     return is_best
 
 
-def _log(
-    folder: RunFolder, logger: Logger, kind: str, step: int, scalars: dict[str, float]
-) -> None:
-    folder.append_metrics({"kind": kind, "step": step, **scalars})
+def _log_scalars(logger: Logger, kind: str, scalars: dict[str, float], step: int) -> None:
     logger.log_scalars({f"{kind}/{name}": value for name, value in scalars.items()}, step)
 
 
-def _refuse_losses(
+def _refuse_step(
     step: int, values: dict[str, float], batches: list[Batch], processes: Processes
 ) -> None:
     own = [image_id for batch in batches for image_id in batch.image_ids.tolist()]
     shares = processes.share(processes.gather(own))
     image_ids = sorted(image_id for share in shares for image_id in share)
-    losses = ", ".join(f"{name} {value}" for name, value in values.items())
+    described = ", ".join(f"{name} {value}" for name, value in values.items())
     raise UserError(
-        f"step {step}: the loss is not finite ({losses}) on the images {image_ids}; "
-        "last.pt is that of the last good step: lower optimizer.lr or set "
+        f"step {step}: the loss or its gradient is not finite ({described}) on the images "
+        f"{image_ids}; last.pt is that of the last good step: lower optimizer.lr or set "
         "trainer.gradient_clip_norm"
     )
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pkgutil
 import random
 import re
 import signal
@@ -40,11 +41,13 @@ def run_script(
     output: Path,
     environment: dict[str, str],
     kill_at: int | None,
+    signal_at: str | None,
 ) -> None:
     """As `python SCRIPT.py ARGUMENTS > OUTPUT 2>&1`; tells also what annotations it parses.
 
     Args:
         kill_at: SIGKILL comes some milliseconds after the start of the step that follows this one.
+        signal_at: SIGTERM comes to rank 0 each time that it calls this function.
     """
     with output.open("w") as file:
         for stream in (1, 2):
@@ -55,8 +58,13 @@ def run_script(
     sys.argv = [f"{script}.py", *arguments]
     torch.set_num_threads(1)
 
+    dies = kill_at is not None
+
     def take_step_and_die(state: TrainState, *rest: Any) -> Any:
-        if state.step == kill_at:
+        nonlocal dies
+        # The kill before may have come late, after a checkpoint that is beyond this moment.
+        if dies and state.step >= kill_at:
+            dies = False
             delay = random.random() / 30
             threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
         return take_step(state, *rest)
@@ -70,9 +78,18 @@ def run_script(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("detection.engine.train.take_step", take_step_and_die)
         patch.setattr(CocoReader, "read", read_and_tell)
+        if signal_at is not None and environment.get("RANK", "0") == "0":
+            call = pkgutil.resolve_name(signal_at)
+
+            def terminate_and_call(*arguments: Any) -> Any:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return call(*arguments)
+
+            patch.setattr(signal_at, terminate_and_call)
         {"train_det": train_det, "eval_det": eval_det}[script].main()
 
 
+LAUNCHERS = {1: "python", 2: "torchrun --nproc-per-node 2"}
 ON_DEVICE = [
     "data.augmentation.mosaic=0.5",
     "data.augmentation.mixup=0.5",
@@ -140,6 +157,7 @@ def start(
         name: str = "run",
         num_processes: int = 1,
         kill_at: int | None = None,
+        signal_at: str | None = None,
         script: str = "train_det",
         data: list[str] = tiny_data,
     ) -> Run:
@@ -160,7 +178,7 @@ def start(
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             process = context.Process(
                 target=run_script,
-                args=(script, arguments, output, environment | ranks, kill_at),
+                args=(script, arguments, output, environment | ranks, kill_at, signal_at),
             )
             process.start()
             started.append(process)
@@ -229,11 +247,99 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert run.wait() == [0] * num_processes, run.printed()
     step = load_checkpoint(run.last)["step"]
     assert 0 < step < 5000
-    launcher = "python" if num_processes == 1 else "torchrun --nproc-per-node 2"
-    line = (
-        f"stopped at step {step}; go on with: {launcher} train_det.py run_dir={run.folder} resume"
+    line = f"stopped at step {step}; go on with: {LAUNCHERS[num_processes]} train_det.py run_dir="
+    assert run.printed().count(f"{line}{run.folder} resume=true\n") == 1
+
+
+@pytest.mark.parametrize("program", ["train_det.py", "train-det", "torchrun"])
+def test_the_printed_command_goes_on(
+    start_script: Callable[..., subprocess.Popen[str]],
+    tiny_model: list[str],
+    tiny_data: list[str],
+    tmp_path: Path,
+    program: str,
+):
+    """Also in a folder whose name needs quotes; torchrun takes Ctrl-C for a failure of its own."""
+    run = Run(tmp_path / "a run, no (1)", [], [])
+    folder = f"run_dir='{run.folder}'"
+    options = [*tiny_model, *tiny_data, "trainer.steps=100000", folder]
+    bin = Path(sys.executable).parent
+    script = str(bin / "train-det") if program == "train-det" else "train_det.py"
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"] * (program == "torchrun")
+    process = start_script(script, *options, launcher=launcher)
+    while run.step() < 1:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    assert (process.returncode == 0) == (program != "torchrun"), printed
+    (line,) = re.findall(r"stopped at step \d+; go on with: (.*)", printed)
+    assert line.startswith(("python ", "torchrun ") if program != "train-det" else str(bin))
+    step = load_checkpoint(run.last)["step"]
+    environment = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    again = subprocess.run(
+        f"{line} trainer.steps={step + 1}",
+        shell=True,
+        env=environment,
+        cwd=Path(train_det.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
-    assert run.printed().count(line) == 1
+    assert again.returncode == 0, again.stderr
+    assert load_checkpoint(run.last)["step"] == step + 1
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_signal_in_the_start_ends_before_the_first_step(
+    start: Callable[..., Run], num_processes: int
+):
+    """To one process of two. What was begun goes on."""
+    options = ["trainer.steps=2", "trainer.num_workers=1"]
+    run = start(
+        *options, num_processes=num_processes, signal_at="detection.data.sources.load_split"
+    )
+    assert run.wait() == [0] * num_processes, run.printed()
+    assert run.printed().count(f"stopped at step 0; go on with: {LAUNCHERS[num_processes]}") == 1
+    assert run.lines() == [] and not run.last.exists()
+    run = start("resume=true", num_processes=num_processes)
+    assert run.wait() == [0] * num_processes, run.printed()
+    assert load_checkpoint(run.last)["step"] == 2
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_signal_in_the_final_evaluation_ends_it(start: Callable[..., Run], num_processes: int):
+    place = "detection.evaluation.coco.metrics_table"
+    run = start("trainer.steps=1", num_processes=num_processes, signal_at=place)
+    assert run.wait() == [0] * num_processes, run.printed()
+    assert run.printed().count(f"stopped at step 1; go on with: {LAUNCHERS[num_processes]}") == 1
+    pictures = run.folder / "visualizations"
+    assert not pictures.exists()
+    run = start("resume=true", num_processes=num_processes)
+    assert run.wait() == [0] * num_processes, run.printed()
+    assert "done: best AP" in run.printed() and (pictures / "overview.jpg").exists()
+
+
+def test_a_signal_ends_a_sweep(start: Callable[..., Run]):
+    sweep = start("trainer.steps=100000", "seed=0,1,2", "--multirun", name="sweep")
+    job = Run(sweep.folder / "0", sweep.processes, sweep.outputs)
+    job.wait_for(lambda: job.step() > 0)
+    sweep.processes[0].terminate()
+    assert sweep.wait() == [0], sweep.printed()
+    assert load_checkpoint(job.last)["step"] > 0
+    assert "stopped before job 1\nstopped before job 2\n" in sweep.printed()
+    assert sorted(path.name for path in sweep.folder.iterdir()) == ["0", "multirun.yaml"]
+
+
+def test_a_sweep_goes_on_after_a_mistake(start: Callable[..., Run]):
+    options = ["trainer.steps=1", "trainer.batch_size=4,3,4", "trainer.num_micro_batches=2"]
+    sweep = start(*options, "--multirun", name="sweep")
+    assert sweep.wait() == [1], sweep.printed()
+    assert sweep.printed().count("error: ") == 1
+    assert "error: job 1: trainer.batch_size=3 cannot be shared" in sweep.printed()
+    ended = [(sweep.folder / name / "metrics.json").exists() for name in "012"]
+    assert ended == [True, False, True]
 
 
 @pytest.mark.parametrize("stopped_at", [2, 4])
@@ -276,6 +382,29 @@ def test_a_signal_in_an_evaluation_ends_it(
         load_checkpoint(folder / "checkpoints" / "best.pt")["best_metric"]
         == (load_checkpoint(whole / "checkpoints" / "best.pt")["best_metric"])
     )
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_of_two_runs_in_one_folder_one_is_refused(
+    start: Callable[..., Run], run: Callable[..., Path], resume: bool
+):
+    if resume:
+        run("trainer.steps=1")
+    options = ["trainer.steps=100000", f"resume={str(resume).lower()}"]
+    runs = [start(*options), start(*options)]
+    end = time.monotonic() + 60
+    while all(one.processes[0].is_alive() for one in runs) and time.monotonic() < end:
+        time.sleep(0.01)
+    refused, goes_on = sorted(runs, key=lambda one: one.processes[0].is_alive())
+    assert refused.processes[0].exitcode == 1, refused.printed()
+    reason = r"is in use by (process \d+ on|another run)" + r"|already holds a run" * (not resume)
+    (line,) = [line for line in refused.printed().splitlines() if line.startswith("error: ")]
+    assert re.match(f"error: {refused.folder} ({reason})", line)
+    goes_on.wait_for(lambda: goes_on.step() > 2)
+    goes_on.processes[0].terminate()
+    assert goes_on.wait() == [0], goes_on.printed()
+    steps = [line["step"] for line in goes_on.lines() if line["kind"] == "train"]
+    assert steps == list(range(1, load_checkpoint(goes_on.last)["step"] + 1))
 
 
 def test_a_killed_worker_is_named(start: Callable[..., Run]):
@@ -322,6 +451,21 @@ def test_a_data_folder_that_vanishes_is_one_line(
     assert_equal_weights(whole, tmp_path / "run")
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_vanished_folder_is_one_line_from_a_worker_too(
+    start: Callable[..., Run], custom_data: list[str], split: str
+):
+    options = ["trainer.num_workers=1", "evaluation.num_workers=1", "trainer.steps=100000"]
+    run = start(*options, "trainer.evaluate_every=20", data=custom_data)
+    run.wait_for(lambda: run.step() > 0)
+    (word,) = [word for word in custom_data if word.startswith(f"data.{split}.images=")]
+    images = Path(word.split("=")[1])
+    images.rename(images.with_name("aside"))
+    assert run.wait() == [1], run.printed()
+    assert run.printed().splitlines()[-1].startswith(f"error: {images}: the folder of images is")
+    assert run.printed().count("error: ") == 1 and "Traceback" not in run.printed()
+
+
 def test_the_death_of_one_process_ends_them_all(
     tiny_model: list[str],
     tiny_data: list[str],
@@ -342,6 +486,33 @@ def test_the_death_of_one_process_ends_them_all(
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
     assert "another process of this run has ended" in printed
     assert re.search(r"rank +: 1 \(local_rank: 1\)\s+exitcode +: -9", printed), printed
+
+
+def test_two_nodes_are_one_run(
+    start_script: Callable[..., subprocess.Popen[str]],
+    tiny_model: list[str],
+    tiny_data: list[str],
+    tmp_path: Path,
+):
+    """Each with a process of local rank 0, and a clock of its own that names the run folder."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting_point = f"127.0.0.1:{probe.getsockname()[1]}"
+    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    launcher += ["--rdzv-backend=c10d", "--rdzv-id=1", f"--rdzv-endpoint={meeting_point}"]
+    folder = "run_dir=runs/${now:%Y-%m-%d_%H-%M-%S-%f}"
+    options = [*tiny_model, *tiny_data, "trainer.steps=2", folder]
+    nodes = [
+        start_script("train_det.py", *options, launcher=launcher, cwd=tmp_path) for _ in range(2)
+    ]
+    printed = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    (path,) = (tmp_path / "runs").iterdir()
+    run = Run(path, [], [])
+    assert [line["step"] for line in run.lines()] == [1, 2, 2]
+    random_states = load_checkpoint(run.last)["random_states"]
+    assert len(random_states) == 2
+    assert sum(f"run folder runs/{path.name}" in text for text in printed) == 1
 
 
 def read_environment(pid: int) -> dict[str, str]:
@@ -370,6 +541,29 @@ def test_two_processes_give_the_losses_of_one_also_after_a_fall_back(
     for a, b in zip(expected, found, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     assert expected[-1]["AP"] == pytest.approx(found[-1]["AP"], abs=1e-6)
+
+
+def test_two_processes_detect_what_one_does(
+    start: Callable[..., Run], custom_data: list[str], trained: Path, tmp_path: Path
+):
+    """Five images for two, each a batch of its own, as the size of a batch may change rounding."""
+    options = [f"checkpoint={trained / 'checkpoints' / 'last.pt'}", "device=cpu"]
+    options += ["evaluation.num_workers=1", "evaluation.batch_size=1"]
+    results, metrics = [], []
+    for num_processes in (1, 2):
+        output = tmp_path / str(num_processes)
+        own = {"num_processes": num_processes, "script": "eval_det", "data": custom_data}
+        run = start(*options, f"output={output}", **own)
+        assert run.wait() == [0] * num_processes, run.printed()
+        found = json.loads((output / "detections.json").read_text())
+        results.append(sorted(found, key=lambda result: sorted(map(str, result.items()))))
+        metrics.append(json.loads((output / "metrics.json").read_text()))
+    assert len({result["image_id"] for result in results[0]}) == 5
+    assert results[0] == results[1]
+    one, two = metrics
+    losses = [name for name in one if name.startswith("loss")]
+    assert [one.pop(name) for name in losses] == pytest.approx([two.pop(name) for name in losses])
+    assert one == two
 
 
 @pytest.fixture

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from PIL import Image
 
+from detection.build import build
+from detection.checkpoint import load_checkpoint
+from detection.cli import plain, split_data
+from detection.data.sources import load_split
+from detection.engine import loggers
 from detection.errors import UserError
+from detection.visualization.gallery import contact_sheet
+from detection.visualization.results import draw_pairs
 
 STEPS = ("trainer.evaluate_every=2", "schedule.steps=4")
 
@@ -32,16 +42,102 @@ def test_tensorboard(run: Callable[..., Path]):
     assert pictures[0].width > 200 and pictures[0].height > 200
 
 
+def test_the_picture_shows_the_detections(
+    run: Callable[..., Path], compose_config: Callable[..., Any], tiny_data: list[str]
+):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    threshold = "evaluation.picture_score_threshold=0"
+    folder = run("trainer.steps=2", "logger=tensorboard", threshold)
+    (event,) = EventAccumulator(str(folder / "tensorboard")).Reload().Images("detections")
+    data = plain(compose_config("train", tiny_data))["data"]
+    index = load_split(build(split_data(data)[0]).val)
+    results = json.loads((folder / "detections.json").read_text())
+
+    def draw(results: list[Any]) -> Image.Image:
+        pairs = draw_pairs(index, results, num_pictures=6, score_threshold=0)
+        return contact_sheet(list(pairs.values()), columns=2, max_size=600)
+
+    picture = Image.open(io.BytesIO(event.encoded_image_string))
+    assert picture.tobytes() == draw(results).tobytes() != draw([]).tobytes()
+
+
+class RaisingLogger:
+    """Is out of order, but notes how it is closed."""
+
+    closed: ClassVar[list[bool]] = []
+
+    def __init__(self, **_: Any) -> None: ...
+
+    def log_scalars(self, scalars: Any, step: int) -> None:
+        raise ConnectionError("the server is away\nand more")
+
+    log_picture = log_scalars
+
+    def close(self, *, failed: bool) -> None:
+        self.closed.append(failed)
+        raise ConnectionError("still away")
+
+
+def test_a_logger_that_fails_stops_no_run(
+    run: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    assert_equal_weights: Callable[[Path, Path], None],
+):
+    """One line tells; how the run ended is passed on."""
+    common = ("trainer.steps=4", "trainer.evaluate_every=2")
+    whole = run(*common, name="whole")
+    monkeypatch.setattr(loggers, "NoLogger", RaisingLogger)
+    folder = run(*common)
+    assert_equal_weights(whole, folder)
+    log = (folder / "train.log").read_text()
+    assert log.count("the logger failed") == log.count("(ConnectionError: the server is away)") == 1
+    assert RaisingLogger.closed == [False]
+
+    def fail(*_: Any) -> None:
+        raise UserError("the images are gone")
+
+    monkeypatch.setattr("detection.engine.train.take_step", fail)
+    with pytest.raises(UserError, match="the images are gone"):
+        run(*common, name="failed")
+    assert RaisingLogger.closed == [False, True]
+
+
+def test_an_evaluation_is_saved_before_it_is_logged(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """A logger may take minutes, in which a run may be killed."""
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    steps: list[int] = []
+
+    def note(self: Any, name: str, draw: Any, step: int) -> None:
+        steps.append(load_checkpoint(last)["step"])
+
+    monkeypatch.setattr(loggers.NoLogger, "log_picture", note)
+    run("trainer.steps=4", "trainer.evaluate_every=2")
+    assert steps == [2, 4]
+
+
 def test_mlflow(run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     uri = (tmp_path / "mlruns").as_uri()
+    batches: list[Any] = []
+    log_batch = mlflow.MlflowClient.log_batch
+
+    def log_and_note(*arguments: Any) -> None:
+        batches.append(arguments)
+        log_batch(*arguments)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", log_and_note)
     folder = train_in_two_parts(run, "logger=mlflow", f"logger.tracking_uri='{uri}'")
     client = mlflow.MlflowClient(uri)
     experiment = client.get_experiment_by_name("detection")
     (found,) = client.search_runs([experiment.experiment_id])
     assert found.info.status == "FINISHED" and found.info.run_name == folder.name
+    assert len(batches) == 4 + 2  # a request each
     for name, steps in (("train/loss", [1, 2, 3, 4]), ("evaluation/AP50", [2, 4])):
         history = client.get_metric_history(found.info.run_id, name)
         assert [metric.step for metric in history] == steps
@@ -50,6 +146,14 @@ def test_mlflow(run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.Mo
         *("step_00000002.png", "step_00000004.png")
     ]
     assert Image.open(pictures / "step_00000002.png").width > 200
+
+    def fail(*_: Any) -> None:
+        raise UserError("the images are gone")
+
+    monkeypatch.setattr("detection.engine.train.take_step", fail)
+    with pytest.raises(UserError, match="the images are gone"):
+        run("trainer.steps=5", "resume=true", "logger=mlflow", f"logger.tracking_uri='{uri}'")
+    assert client.get_run(found.info.run_id).info.status == "FAILED"
 
 
 def test_wandb(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
