@@ -22,8 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import PIL
 import torch
-from PIL import Image
+from PIL import Image, features
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -113,7 +114,7 @@ def make_sides(index: CocoIndex, options: Any, folder: Path) -> dict[str, tuple[
     resize = Preprocess(input_size=options.input_size).resize
     sides: dict[str, tuple[Any, Any]] = {THEIRS: (Reference(index), list_samples)}
     for name, changes in (("same augmentation", SAME), ("default", {})):
-        for shrink in {None: None, options.shrink: None}:
+        for shrink in dict.fromkeys((None, options.shrink)):
             side = find_shorter_side(shrink, options.input_size)
             cache = open_cache(folder / f"{side}.pixels", index, shorter_side=side, in_memory=True)
             for own_cache in (None, cache):
@@ -181,7 +182,8 @@ def main() -> None:
     theirs = rates[THEIRS]
     print(
         f"{len(index)} images, the first {index.sizes[0][1]} x {index.sizes[0][0]}; "
-        f"{options.workers} workers, input {options.input_size}, {options.rounds} rounds"
+        f"{options.workers} workers, input {options.input_size}, {options.rounds} rounds; "
+        f"Pillow {PIL.__version__}, libjpeg-turbo: {features.check_feature('libjpeg_turbo')}"
     )
     for name, values in rates.items():
         median = statistics.median(values)

@@ -1,6 +1,7 @@
 """A report on a COCO data set before training: `python -m detection.data.check FILE --images DIR`.
 
-The exit status is 0 where nothing is wrong with it and 1 where something is.
+The exit status is 0 where nothing is wrong with it, 1 where something is, and 2 where there is no
+report, with one line that says why.
 """
 
 from __future__ import annotations
@@ -8,13 +9,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -25,6 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from detection.data.coco import CocoIndex, check_same_categories
+from detection.data.coco_json import CocoReader
 from detection.errors import UserError
 from detection.images import MismatchedSize, UnreadableImage, load_annotated_image
 
@@ -38,7 +43,7 @@ class Fault:
     Args:
         kind: what is wrong.
         count: how often.
-        cases: where; only the first where loading the annotations found it.
+        cases: where, each of them.
     """
 
     kind: str
@@ -56,7 +61,7 @@ class Report:
         num_images_without_boxes: those that train as background alone.
         num_boxes: boxes to train on.
         num_crowds: boxes of crowds, which are not trained on and ignored in evaluation.
-        boxes_per_class: by class name.
+        boxes_per_class: by class name; classes of one name are counted together.
         boxes_per_coco_size: small, medium and large by the annotations' areas, as COCO's metrics
             divide them.
         boxes_per_side: by the square root of the box's area in pixels, in octaves.
@@ -74,12 +79,32 @@ class Report:
     faults: tuple[Fault, ...]
 
 
+def read_split(
+    images: str | Path, annotations: str | Path
+) -> tuple[CocoIndex, Mapping[str, Sequence[str]]]:
+    """A split and every case of each problem with its annotations.
+
+    Unlike `CocoIndex.load` it goes on where ids are repeated or images are missing.
+
+    Raises:
+        UserError: where there is nothing to report on.
+    """
+    reader = CocoReader(Path(images), Path(annotations), lenient=True)
+    index = CocoIndex(reader.images_dir, reader.annotations_file, reader.read())
+    return index, reader.cases
+
+
 def check_split(
-    index: CocoIndex, others: Sequence[CocoIndex] = (), *, show_progress: bool = False
+    index: CocoIndex,
+    problems: Mapping[str, Sequence[str]],
+    others: Sequence[CocoIndex] = (),
+    *,
+    show_progress: bool = False,
 ) -> Report:
     """Decode every image of a split and count what is in it.
 
     Args:
+        index, problems: as `read_split` gives them.
         others: splits that must have the same classes and other images; only their files' bytes
             are compared.
     """
@@ -87,24 +112,28 @@ def check_split(
     labels = torch.cat([index.labels(i) for i in range(len(index))])
     truth = index.ground_truth()["annotations"]
     areas = torch.tensor([a["area"] for a in truth if not a["iscrowd"]], dtype=torch.float64)
-    per_class = labels.bincount(minlength=len(index.categories)).tolist()
+    per_class: Counter[str] = Counter()
+    counts = labels.bincount(minlength=len(index.categories)).tolist()
+    for category, count in zip(index.categories, counts, strict=True):
+        per_class[category.name] += count
+    faults = [
+        *(fault for kind, cases in problems.items() for fault in _gather(kind, cases)),
+        *_find_faults(index, others, show_progress),
+    ]
     return Report(
         annotations=str(index.annotations_file),
         num_images=len(index),
         num_images_without_boxes=sum(not len(index.boxes(i)) for i in range(len(index))),
         num_boxes=len(boxes),
         num_crowds=len(truth) - len(boxes),
-        boxes_per_class={
-            category.name: count
-            for category, count in zip(index.categories, per_class, strict=True)
-        },
+        boxes_per_class=dict(per_class),
         boxes_per_coco_size={
             "small": int((areas < 32**2).sum()),
             "medium": int(((areas >= 32**2) & (areas < 96**2)).sum()),
             "large": int((areas >= 96**2).sum()),
         },
         boxes_per_side=_count_octaves((boxes[:, 2:] - boxes[:, :2]).double().prod(1).sqrt()),
-        faults=tuple(_find_faults(index, others, show_progress)),
+        faults=tuple(faults),
     )
 
 
@@ -136,9 +165,6 @@ def render_report(report: Report) -> RenderableType:
 def _find_faults(
     index: CocoIndex, others: Sequence[CocoIndex], show_progress: bool
 ) -> Iterator[Fault]:
-    for kind, count in index.problems.items():
-        yield Fault(kind, count, (index.first_cases[kind],))
-
     # The decoders leave Python's lock to others.
     with ThreadPoolExecutor() as pool:
 
@@ -182,11 +208,14 @@ def _gather(kind: str, cases: Iterable[str]) -> Iterator[Fault]:
 
 def _inspect(index: CocoIndex, i: int) -> tuple[str, str] | None:
     name = index.file_names[i]
+    path = index.images_dir / name
     try:
-        load_annotated_image(index.images_dir / name, index.sizes[i])
+        load_annotated_image(path, index.sizes[i])
     except MismatchedSize as error:
         return "images of another size than stated", f"{name}: {error}"
     except UnreadableImage as error:
+        if not os.path.lexists(path):
+            return "images that are missing", name
         return "images that cannot be read", f"{name}: {error}"
     return None
 
@@ -216,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m detection.data.check",
         description="Report on a COCO data set before training: what it holds and what is wrong "
-        "with it. The exit status is 1 where anything is.",
+        "with it. The exit status is 1 where anything is, and 2 where there is no report.",
     )
     parser.add_argument("annotations", metavar="FILE", help="the COCO JSON of the split")
     parser.add_argument("--images", metavar="DIR", required=True, help="the folder of its images")
@@ -235,32 +264,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=[],
         help="the folder of its images, once for each --other (default: --images)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the report, with all cases, there")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help='write the report, with all cases, there; {"error": ...} where there is none',
+    )
     options = parser.parse_args(arguments)
     folders = options.other_images or [options.images] * len(options.other)
     if len(folders) != len(options.other):
         parser.error("give --other-images once for each --other, or not at all")
     console = Console()
     try:
-        index, *others = (
-            CocoIndex.load(images=images, annotations=annotations)
-            for images, annotations in (
-                (options.images, options.annotations),
-                *zip(folders, options.other, strict=True),
-            )
-        )
-        report = check_split(index, others, show_progress=console.is_terminal)
+        index, problems = read_split(options.images, options.annotations)
+        others = [
+            read_split(images, annotations)[0]
+            for images, annotations in zip(folders, options.other, strict=True)
+        ]
+        report = check_split(index, problems, others, show_progress=console.is_terminal)
         if options.json:
-            _write(report, Path(options.json))
+            _write(asdict(report), Path(options.json))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        if options.json:
+            with suppress(UserError):  # it may be this file that cannot be written
+                _write({"error": str(error)}, Path(options.json))
+        parser.exit(2, f"error: {error}\n")
     console.print(render_report(report))
     sys.exit(1 if report.faults else 0)
 
 
-def _write(report: Report, path: Path) -> None:
+def _write(content: dict[str, Any], path: Path) -> None:
     try:
-        path.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 

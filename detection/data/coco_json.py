@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any, TypeGuard
@@ -46,14 +46,31 @@ UNSTATED_SIZES = "images without a possible width and height, read from the file
 
 
 class CocoReader:
-    """Reads one split; the arguments and errors are those of `CocoIndex.load`."""
+    """Reads one split; the errors are those of `CocoIndex.load`.
 
-    def __init__(self, images_dir: Path, annotations_file: Path, ids_file: Path | None) -> None:
+    Args:
+        images_dir, annotations_file, ids_file: as `CocoIndex.load` takes them.
+        lenient: repeated ids and unreadable images, which training cannot work with, are counted
+            as the other problems are, so that a report can hold them all; missing images are not
+            looked for.
+
+    Attributes:
+        cases: every record of each kind of problem.
+    """
+
+    def __init__(
+        self,
+        images_dir: Path,
+        annotations_file: Path,
+        ids_file: Path | None = None,
+        *,
+        lenient: bool = False,
+    ) -> None:
         self.images_dir = images_dir
         self.annotations_file = annotations_file
         self.ids_file = ids_file
-        self.problems: Counter[str] = Counter()
-        self.first_cases: dict[str, str] = {}
+        self.lenient = lenient
+        self.cases: dict[str, list[str]] = {}
 
     def read(self) -> dict[str, Any]:
         """Tensors and plain values, which `CocoIndex` takes."""
@@ -73,14 +90,18 @@ class CocoReader:
             "image_ids": torch.tensor(self.image_ids),
             "file_names": Texts.pack(self.file_names).content,
             "sizes": torch.tensor(self.sizes),
-            "problems": dict(self.problems),
-            "first_cases": self.first_cases,
+            "problems": {kind: len(cases) for kind, cases in self.cases.items()},
+            "first_cases": {kind: cases[0] for kind, cases in self.cases.items()},
             **annotations,
         }
 
-    def _count(self, kind: str, case: str, count: int = 1) -> None:
-        self.problems[kind] += count
-        self.first_cases.setdefault(kind, case)
+    def _count(self, kind: str, case: str) -> None:
+        self.cases.setdefault(kind, []).append(case)
+
+    def _refuse(self, kind: str, case: str, error: str) -> None:
+        if not self.lenient:
+            raise UserError(f"{self.annotations_file}: {error}") from None
+        self._count(kind, case)
 
     def _read_categories(self, records: list[Any]) -> None:
         for place, record in enumerate(records):
@@ -88,7 +109,7 @@ class CocoReader:
         if not records:
             raise UserError(f"{self.annotations_file}: the category table is empty")
         for key in ("id", "name"):
-            self._require_unique((record[key] for record in records), f"categories have the {key}")
+            self._require_unique(records, "categories", key)
         self.categories = tuple(
             sorted(Category(id=record["id"], name=record["name"]) for record in records)
         )
@@ -103,7 +124,7 @@ class CocoReader:
                     f"{self.annotations_file}: image {record['id']} has the file_name "
                     f"{record['file_name']!r}, which is no file inside the image folder"
                 )
-        self._require_unique((record["id"] for record in records), "images have the id")
+        self._require_unique(records, "images", "id")
         known_ids = {record["id"] for record in records}
         if self.ids_file is not None:
             wanted = _read_ids(self.ids_file)
@@ -115,13 +136,20 @@ class CocoReader:
             records = [record for record in records if record["id"] in wanted]
         if not records:
             raise UserError(f"{self.ids_file or self.annotations_file}: it names no images")
-        self.image_ids = [record["id"] for record in records]
-        self.file_names = [record["file_name"] for record in records]
-        check_files(self.images_dir, self.file_names, self.annotations_file)
-        self.sizes = [self._read_size(record) for record in records]
+        file_names = [] if self.lenient else [record["file_name"] for record in records]
+        check_files(self.images_dir, file_names, self.annotations_file)
+        sized = [(record, size) for record in records if (size := self._read_size(record))]
+        if not sized:
+            raise UserError(
+                f"{self.images_dir}: no image that {self.annotations_file} lists can be read: "
+                "is it the right folder?"
+            )
+        self.image_ids = [record["id"] for record, _ in sized]
+        self.file_names = [record["file_name"] for record, _ in sized]
+        self.sizes = [size for _, size in sized]
         return known_ids
 
-    def _read_size(self, record: dict[str, Any]) -> tuple[int, int]:
+    def _read_size(self, record: dict[str, Any]) -> tuple[int, int] | None:
         height, width = (record.get(key) for key in ("height", "width"))
         if (
             _is_number(height)
@@ -130,15 +158,19 @@ class CocoReader:
             and height * width <= _MAX_PIXELS
         ):
             return int(height), int(width)
-        self._count(UNSTATED_SIZES, f"image {record['id']}")
         try:
             with Image.open(self.images_dir / record["file_name"]) as image:
-                return image.height, image.width
-        except (OSError, Image.DecompressionBombError):
-            raise UserError(
-                f"{self.annotations_file}: image {record['id']} has no possible width and height, "
-                f"and {record['file_name']!r} cannot be read to find them"
-            ) from None
+                size = image.height, image.width
+        except Exception:  # Pillow answers a broken file with almost any
+            fault = f"image {record['id']} has no possible width and height"
+            self._refuse(
+                "images of unstated size that cannot be read to find it, left out",
+                f"{record['file_name']}: {fault}",
+                f"{fault}, and {record['file_name']!r} cannot be read to find them",
+            )
+            return None
+        self._count(UNSTATED_SIZES, f"image {record['id']}")
+        return size
 
     def _read_annotations(self, records: list[Any], known_ids: set[int]) -> dict[str, Tensor]:
         places = {image_id: place for place, image_id in enumerate(self.image_ids)}
@@ -207,9 +239,8 @@ class CocoReader:
             ("boxes outside of their image, dropped", ~kept),
             ("boxes over the edge of their image, clipped for training", cut),
         ):
-            if mask.any():
-                first = int(table["place"][mask.argmax()])
-                self._count(kind, name(first), int(mask.sum()))
+            for place in table["place"][mask].tolist():
+                self._count(kind, name(place))
 
         order = np.flatnonzero(kept)
         order = order[np.argsort(owners[order], kind="stable")]
@@ -239,10 +270,12 @@ class CocoReader:
             if kind is str and _UNPRINTABLE.search(value):
                 raise UserError(f'{fault} has "{key}" {value!r}: take the control characters out')
 
-    def _require_unique(self, values: Iterable[int | str], what: str) -> None:
-        (value, count), *_ = Counter(values).most_common(1) or [(None, 0)]
-        if count > 1:
-            raise UserError(f"{self.annotations_file}: {count} {what} {value!r}; make them differ")
+    def _require_unique(self, records: list[Any], section: str, key: str) -> None:
+        for value, count in Counter(record[key] for record in records).most_common():
+            if count == 1:
+                break
+            case = f"{count} {section} have the {key} {value!r}"
+            self._refuse(f"{key}s of several {section}", case, f"{case}; make them differ")
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:

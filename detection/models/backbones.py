@@ -161,7 +161,8 @@ class TimmBackbone(Backbone):
     timm's own CondConv networks, as `tf_efficientnet_cc_b0_8e`, run with the layers of `condconv`.
 
     Args:
-        name: as `timm.create_model` takes it.
+        name: one of `timm.list_models()`. "hf-hub:" and "local-dir:" are refused: a checkpoint's
+            config, which can come from anywhere, would have the network contacted or files read.
         num_experts: of the last blocks; 1 leaves the network as timm has it.
         num_conditional_blocks: how many; None takes the paper's number, where there is one.
         strides: of the maps to give.
@@ -180,6 +181,8 @@ class TimmBackbone(Backbone):
         freeze_batch_norm: bool = False,
     ) -> None:
         super().__init__()
+        if ":" in name:
+            raise ValueError(f"name={name}: give a name of timm's own list, without a source")
         self.name = name
         self.network = create_timm_network(name, strides)
         self.strides = list(strides)

@@ -108,3 +108,16 @@ def test_mistakes_get_one_line(
     with pytest.raises(UserError, match=words) as info:
         build_model(make_config() | change, 3)
     assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:timm/resnet18", "hf_hub:a/b", "local-dir:/tmp"])
+def test_no_config_has_timm_fetch_a_network(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def create_model(*_: Any, **__: Any) -> None:
+        pytest.fail("timm is asked")
+
+    monkeypatch.setattr("timm.create_model", create_model)
+    backbone = {"_target_": "detection.models.backbones.TimmBackbone", "name": name}
+    with pytest.raises(UserError, match=f"name={name}: give a name of timm's own list"):
+        build_model(make_config() | {"backbone": backbone}, 3)

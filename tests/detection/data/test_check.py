@@ -34,13 +34,13 @@ def content(tmp_path: Path) -> dict[str, Any]:
             | {"iscrowd": 0}
             for i, box in enumerate(boxes, start=1)
         ],
-        "categories": CLASSES,
+        "categories": [*CLASSES],
     }
 
 
 @pytest.fixture
 def check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Runs the command; gives its exit status, the text and the JSON report."""
+    """Runs the command; gives its exit status, the text on both streams and what --json wrote."""
 
     def check(content: Any, *arguments: str) -> tuple[Any, str, dict[str, Any]]:
         (tmp_path / "train.json").write_text(json.dumps(content))
@@ -50,7 +50,7 @@ def check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., A
         report = tmp_path / "report.json"
         return (
             caught.value.code,
-            capsys.readouterr().out,
+            "".join(capsys.readouterr()),
             json.loads(report.read_text()) if report.exists() else {},
         )
 
@@ -104,6 +104,24 @@ def make_folder(folder: Path, content: dict[str, Any]) -> None:
     (folder / "images" / "b.png").mkdir()
 
 
+def remove_file(folder: Path, content: dict[str, Any]) -> None:
+    (folder / "images" / "b.png").unlink()
+
+
+def repeat_image_id(folder: Path, content: dict[str, Any]) -> None:
+    Image.new("RGB", (300, 200)).save(folder / "images" / "e.png")
+    content["images"].append({**content["images"][3], "file_name": "e.png"})
+
+
+def leave_size_to_a_broken_file(folder: Path, content: dict[str, Any]) -> None:
+    (folder / "images" / "b.png").write_bytes(b"no image")
+    del content["images"][1]["width"]
+
+
+def add_class(class_id: int, name: str) -> Callable[[Path, dict[str, Any]], None]:
+    return lambda folder, content: content["categories"].append({"id": class_id, "name": name})
+
+
 def change(section: str, **values: Any) -> Callable[[Path, dict[str, Any]], None]:
     return lambda folder, content: content[section][1].update(values)
 
@@ -113,6 +131,15 @@ def change(section: str, **values: Any) -> Callable[[Path, dict[str, Any]], None
     [
         (cut_file, "images that cannot be read", "b.png: "),
         (make_folder, "images that cannot be read", "b.png: Is a directory"),
+        (remove_file, "images that are missing", "b.png"),
+        (
+            leave_size_to_a_broken_file,
+            "images of unstated size that cannot be read to find it, left out",
+            "b.png: image 2",
+        ),
+        (repeat_image_id, "ids of several images", "2 images have the id 4"),
+        (add_class(2, "fox"), "ids of several categories", "2 categories have the id 2"),
+        (add_class(9, "dog"), "names of several categories", "2 categories have the name 'dog'"),
         (copy_file, "images twice in the split", "c.png is a.png"),
         (name_file_twice, "images twice in the split", "a.png is a.png"),
         (
@@ -175,12 +202,68 @@ def test_other_splits(content: dict[str, Any], check: Callable[..., Any], tmp_pa
     assert check(content, *others[:-2])[0] == 2
 
 
-def test_what_cannot_be_loaded_is_one_line(
+def test_all_cases_of_all_faults_are_listed(
     content: dict[str, Any], check: Callable[..., Any], tmp_path: Path
 ):
-    content["images"][1]["file_name"] = "none.png"
+    for name in "bd":
+        (tmp_path / "images" / f"{name}.png").unlink()
+    content["annotations"] += [
+        {**content["annotations"][0], "id": 7, "image_id": 99},
+        {**content["annotations"][0], "id": 8, "image_id": 98},
+        {**content["annotations"][0], "id": 9, "bbox": [290, 0, 20, 2]},
+        {**content["annotations"][0], "id": 10, "bbox": [0, 190, 2, 20]},
+    ]
     status, _, report = check(content)
-    assert status.startswith("error: ") and "lacks 1 of the 4 images" in status
-    assert "\n" not in status and not report
-    content["images"][1]["file_name"] = "b.png"
-    assert "cannot write" in check(content, "--json", str(tmp_path))[0]
+    assert status == 1
+    assert {fault["kind"]: fault["cases"] for fault in report["faults"]} == {
+        "annotations of unknown images, dropped": [
+            "annotation 7, image 99",
+            "annotation 8, image 98",
+        ],
+        "boxes over the edge of their image, clipped for training": [
+            "annotation 9",
+            "annotation 10",
+        ],
+        "images that are missing": ["b.png", "d.png"],
+    }
+
+
+def test_categories_of_one_name_are_counted_together(
+    content: dict[str, Any], check: Callable[..., Any]
+):
+    content["categories"] = [{"id": i, "name": "dog"} for i in (2, 3)]
+    content["annotations"][0]["category_id"] = 3
+    assert check(content)[2]["boxes_per_class"] == {"dog": 3}
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda folder, content: content.pop("images"), 'it has no list "images"'),
+        (change("images", file_name="../a.png"), "which is no file inside the image folder"),
+        (lambda folder, _: shutil.rmtree(folder / "images"), "no such folder of images"),
+        (
+            lambda _, content: content.update(images=[{"id": 1, "file_name": "none.png"}]),
+            "no image that",
+        ),
+    ],
+)
+def test_what_gives_no_report_is_one_line(
+    content: dict[str, Any],
+    check: Callable[..., Any],
+    tmp_path: Path,
+    harm: Callable[..., Any],
+    words: str,
+):
+    harm(tmp_path, content)
+    status, text, report = check(content)
+    (line,) = text.splitlines()
+    assert status == 2 and line.startswith("error: ") and words in line
+    assert report == {"error": line.removeprefix("error: ")}
+
+
+def test_a_report_that_cannot_be_written(
+    content: dict[str, Any], check: Callable[..., Any], tmp_path: Path
+):
+    status, text, report = check(content, "--json", str(tmp_path))
+    assert status == 2 and text.startswith("error: cannot write") and not report

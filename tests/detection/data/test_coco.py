@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import math
 import unicodedata
@@ -12,8 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import MAX_TEXT_CHUNK, PngInfo
 from pycocotools.coco import COCO
 
+from detection.data import check
 from detection.data.coco import CocoIndex, check_same_categories
 from detection.errors import UserError
 from detection.structures import Category
@@ -168,6 +172,15 @@ def test_impossible_sizes_are_read_from_the_file(
     ]
 
 
+def test_a_size_that_pillow_cannot_read(folder: Path, content: dict[str, Any]):
+    """Pillow refuses this PNG with a ValueError, which is none of its own errors."""
+    text = PngInfo()
+    text.add_text("comment", "x" * (MAX_TEXT_CHUNK + 1), zip=True)
+    Image.new("RGB", (40, 30)).save(folder / "a.png", pnginfo=text)
+    del content["images"][0]["width"]
+    assert "'a.png' cannot be read to find them" in error_line(folder, content)
+
+
 def test_missing_fields_are_repaired(folder: Path, content: dict[str, Any]):
     for key in ("id", "area", "iscrowd"):
         del content["annotations"][2][key]
@@ -312,19 +325,21 @@ def list_places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def check_any_file_loads_or_is_refused(folder: Path, text: str) -> None:
-    """A clean load that counts whatever it leaves out, or one line."""
+    """A clean load that counts whatever it leaves out, or one line; the same of the check."""
     (folder / "instances.json").write_text(text, encoding="utf-8", errors="replace")
+    is_checked = check_any_file_is_reported(folder)
     try:
         index = CocoIndex.load(images=folder, annotations=folder / "instances.json")
     except UserError as error:
         line = str(error)
         assert is_one_line(line)
         return
+    assert is_checked
     assert all(map(is_one_line, index.describe()))
     assert all(is_one_line(name) for name in index.file_names)
     assert all(is_one_line(category.name) for category in index.categories)
     for i in range(len(index)):
-        assert not Path(index.file_names[i]).is_absolute()
+        assert Path(folder, index.file_names[i]).resolve().is_relative_to(folder.resolve())
         height, width = index.sizes[i]
         boxes, labels = index.boxes(i), index.labels(i)
         assert len(boxes) == len(labels) and torch.isfinite(boxes).all()
@@ -337,6 +352,31 @@ def check_any_file_loads_or_is_refused(folder: Path, text: str) -> None:
     torch.tensor([category["id"] for category in truth["categories"]])
     dropped = sum(count for kind, count in index.problems.items() if kind.endswith("dropped"))
     assert dropped + len(truth["annotations"]) == len(json.loads(text)["annotations"])
+
+
+def check_any_file_is_reported(folder: Path) -> bool:
+    """Whether the check gives a report, which then agrees with its exit status, or one line."""
+    report_file, text, errors = folder / "report.json", io.StringIO(), io.StringIO()
+    report_file.unlink(missing_ok=True)
+    files = [str(folder / "instances.json"), "--images", str(folder), "--json", str(report_file)]
+    with (
+        pytest.raises(SystemExit) as caught,
+        contextlib.redirect_stdout(text),
+        contextlib.redirect_stderr(errors),
+    ):
+        check.main(files)
+    status, report = caught.value.code, json.loads(report_file.read_text())
+    assert all(map(is_one_line, text.getvalue().splitlines()))
+    if status == 2:
+        assert errors.getvalue() == f"error: {report['error']}\n" and not text.getvalue()
+        assert is_one_line(report["error"])
+        return False
+    assert status == (1 if report["faults"] else 0) and not errors.getvalue()
+    assert sum(report["boxes_per_class"].values()) == report["num_boxes"]
+    for fault in report["faults"]:
+        assert fault["count"] == len(fault["cases"]) > 0
+        assert all(map(is_one_line, [fault["kind"], *fault["cases"]]))
+    return True
 
 
 def is_one_line(text: str) -> bool:

@@ -23,6 +23,7 @@ from detection.report import Figure, Run, Section, write_report
 from detection.report import page as page_module
 
 EVIL = "<script>alert('x')</script>"
+EVIL_FILE = "<img src=x onerror=alert(1)>.png"
 EVIL_TITLE = "</script><img src=x onerror=alert(1)> & <!-- DATA -->"
 TRUTHS = [(1, 1, 0, 1), (1, 2, 100, 1), (2, 1, 0, 1), (3, 1, 0, 1)]  # image, class, x, counts
 FOUND = [
@@ -37,17 +38,18 @@ FOUND_BY_OTHER = [(3, 1, 0, 0.7)]
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> CocoIndex:
-    """Four images of 300 x 50, the last without objects, and a class of an evil name."""
+    """Four images of 300 x 50, the last without objects; evil names of a class and a file."""
     folder = tmp_path_factory.mktemp("set")
     (folder / "images").mkdir()
     rng = np.random.default_rng(0)
-    for i in range(1, 5):
+    names = {1: EVIL_FILE} | {i: f"{i}.png" for i in range(2, 5)}
+    for name in names.values():
         pixels = rng.integers(0, 256, (50, 300, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+        Image.fromarray(pixels).save(folder / "images" / name)
     (folder / "images" / "3.png").write_bytes(b"broken")
     content = {
         "images": [
-            {"id": i, "file_name": f"{i}.png", "width": 300, "height": 50} for i in range(1, 5)
+            {"id": i, "file_name": name, "width": 300, "height": 50} for i, name in names.items()
         ],
         "categories": [{"id": 1, "name": "cell"}, {"id": 2, "name": EVIL}],
         "annotations": [
@@ -111,6 +113,7 @@ def test_names_stay_text(report: Path) -> None:
     assert text.count("</script>") == 2
     data = read_data(report)
     assert data["classes"] == ["cell", EVIL] and data["title"] == EVIL_TITLE
+    assert EVIL_FILE in [image["name"] for image in data["images"]]
     assert [p.name for p in report.parent.iterdir()] == ["index.html"]
 
 
@@ -210,6 +213,7 @@ def test_the_page_shows_everything(page: Any) -> None:
     assert page.locator("svg.chart path").count() >= 8
     assert page.locator(".warning").inner_text() == "one expert is never used"
     assert page.locator(".broken").inner_text() == "cannot be read"
+    assert EVIL_FILE in page.locator("#gallery").inner_text()
 
 
 def test_slider_and_filters_change_what_is_shown(page: Any) -> None:
@@ -259,7 +263,7 @@ def test_the_keyboard_is_enough(page: Any) -> None:
     page.locator(".tile").first.focus()
     page.keyboard.press("Enter")
     name = page.locator("#viewer-name")
-    assert name.inner_text().startswith("1.png")
+    assert name.inner_text().startswith(EVIL_FILE)
     assert page.locator("#viewer-picture text").count() > 0
     page.keyboard.press("ArrowRight")
     assert name.inner_text().startswith("2.png")
