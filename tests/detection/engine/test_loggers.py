@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -167,7 +168,11 @@ def test_wandb(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
     for part in parts:
         (file,) = part.glob("*.wandb")
         assert file.name == f"run-{id}.wandb"
-        content = file.read_bytes()
+        deadline = time.monotonic() + 60  # a process of W&B's own writes it, after the run's end
+        while (content := file.read_bytes()) and time.monotonic() < deadline:
+            if b"evaluation/AP50" in content and b"train/loss" in content:
+                break
+            time.sleep(0.1)
         assert b"evaluation/AP50" in content and b"train/loss" in content
         (picture,) = (part / "files" / "media" / "images").glob("detections_*.png")
         assert Image.open(picture).width > 200
