@@ -1,12 +1,13 @@
 """Time and memory of CondConv2d beside timm's CondConv2d and the static convolution.
 
     python benchmarks/bench_condconv.py [--quick] [--threads 2] [--channels-last] [--strategies] \\
-        [--output FILE]
+        [--keep-memory] [--output FILE]
 
 All sides of a row run in turn, round after round, so that a busy moment hits them alike; times
 are medians over the rounds. A ratio above 1 means that CondConv2d is faster. The memory of a row
 is what a forward and backward pass adds at its peak. `--strategies` also times every execution
-strategy: the table that `condconv.strategies.choose_strategy` rests on.
+strategy: the table that `condconv.strategies.choose_strategy` rests on. `--keep-memory` has freed
+memory kept for both sides, as train_det.py does; else the C library decides.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from condconv import CondConv2d, condconv2d, count_multiply_adds
 from condconv.strategies import Strategy
+from detection.engine.memory import keep_freed_memory
 from detection.models.ssd import ssd_mobilenet_v1
 
 NUM_EXPERTS = 8
@@ -269,12 +271,15 @@ def main() -> None:
     parser.add_argument("--family", help="only the rows of this family")
     parser.add_argument("--channels-last", action="store_true", help="inputs in that format")
     parser.add_argument("--strategies", action="store_true", help="time every strategy too")
+    parser.add_argument("--keep-memory", action="store_true", help="keep freed memory (glibc)")
     parser.add_argument("--no-detector", action="store_true", help="leave the whole SSD out")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--output", type=Path, help="write the measurements as JSON")
     args = parser.parse_args()
     args.seconds = args.seconds or (0.5 if args.quick else 2.0)
     torch.set_num_threads(args.threads)
+    if args.keep_memory and not keep_freed_memory():
+        parser.error("--keep-memory: the C library cannot")
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {args.device}, {args.threads} threads, float32, 8 experts")
     print(
