@@ -53,8 +53,11 @@ def specialize(network: nn.Module, batches: Iterable[Tensor]) -> dict[str, Routi
     """Freeze routing to its mean over samples and fold every CondConv into a convolution, in place.
 
     What is left is a static network, with the parameters of one built with one expert, by name and
-    shape, and its arithmetic. Its routers are gone: a block's attribute `router` becomes
-    None. Where another module keeps one, its result is not used.
+    shape, and its arithmetic. A layer that runs several times a pass, as the towers of a RetinaNet
+    on each level of the pyramid, gets the mean over all its runs.
+
+    Its routers are gone: a block's attribute `router` becomes None. Only timm's blocks go on
+    computing theirs, `routing_fn`, whose result is not used; an exported graph leaves it out.
 
     Args:
         network: called with each batch, in inference mode; must not be a CondConv layer itself.

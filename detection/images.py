@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -48,7 +49,7 @@ def _open_image(image: ImageLike) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: str | Path | BinaryIO) -> Image.Image:
     """The picture as a viewer shows it: RGB, turned as its EXIF orientation says.
 
     Raises:
@@ -102,7 +103,7 @@ def shrink_size(size: tuple[int, int], shorter_side: int | None) -> tuple[int, i
     return height, width
 
 
-def _read(path: str | Path, turn: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _read(path: str | Path | BinaryIO, turn: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         with Image.open(path) as image:
             return _to_rgb(turn(image))

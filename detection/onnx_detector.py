@@ -6,7 +6,8 @@ Shapes: B images, S input size, D detections (padded), N detections of one image
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,11 +28,13 @@ class ArrayDetections(NamedTuple):
         boxes: (N, 4) float32, xyxy in pixels of the image as it was given.
         scores: (N,) float32 in [0, 1].
         labels: (N,) int64, contiguous from 0.
+        names: the class names by label.
     """
 
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
+    names: tuple[str, ...] = ()
 
 
 class OnnxDetector:
@@ -78,9 +81,7 @@ class OnnxDetector:
         try:
             import onnxruntime
         except ImportError as error:
-            raise UserError(
-                "onnxruntime is not installed: pip install 'condconv-detection[export]'"
-            ) from error
+            raise UserError("onnxruntime is not installed: pip install -e '.[export]'") from error
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file")
         try:
@@ -94,20 +95,31 @@ class OnnxDetector:
             raise UserError(f"{path}: {error}") from None
 
     def predict(
-        self, images: ImageLike | Sequence[ImageLike], *, score_threshold: float = 0.0
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        score_threshold: float = 0.0,
+        batch_size: int = 8,
     ) -> list[ArrayDetections]:
         """Detect on images given as paths, PIL images, or uint8 arrays (H, W, 3) or (H, W).
 
         Args:
-            images: one or several, all run as one batch.
+            images: one or any number.
             score_threshold: only detections of at least this score are given.
+            batch_size: images that the network sees at a time.
 
         Returns:
             For each image its detections, best first.
         """
-        pictures = open_images(images)
-        if not pictures:
-            return []
+        waiting = iter([images] if isinstance(images, ImageLike) else images)
+        found: list[ArrayDetections] = []
+        while pictures := open_images(list(islice(waiting, batch_size))):
+            found += self._predict(pictures, score_threshold)
+        return found
+
+    def _predict(
+        self, pictures: Sequence[Image.Image], score_threshold: float
+    ) -> list[ArrayDetections]:
         batch = np.stack([self._resize(picture) for picture in pictures])
         if self.takes_floats:
             batch = (batch - self.mean) / self.std
@@ -116,7 +128,10 @@ class OnnxDetector:
         kept = valid & (scores >= score_threshold)
         return [
             ArrayDetections(
-                self._restore(boxes[i][kept[i]], picture), scores[i][kept[i]], labels[i][kept[i]]
+                self._restore(boxes[i][kept[i]], picture),
+                scores[i][kept[i]],
+                labels[i][kept[i]],
+                tuple(self.names),
             )
             for i, picture in enumerate(pictures)
         ]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -8,9 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from PIL import Image
 
 from detection.cli import config_dir
 
@@ -179,9 +183,64 @@ def real_data() -> Path:
     return DATA
 
 
+@pytest.fixture(scope="session")
+def photographs() -> Callable[..., list[Image.Image]]:
+    """Cuts of the real images, or where these are absent, of the documents'."""
+    files = sorted((DATA / "coco128" / "images").glob("*.jpg"))
+    files = files or sorted((ROOT / "docs" / "images").glob("*.jpg"))
+
+    def cut(number: int, size: tuple[int, int] = (64, 64)) -> list[Image.Image]:
+        random = np.random.default_rng(0)
+        pictures = []
+        for i in range(number):
+            picture = Image.open(files[i % len(files)]).convert("RGB")
+            side = min(picture.size) // 2
+            left, top = (int(random.integers(0, length - side)) for length in picture.size)
+            pictures.append(picture.resize(size, box=(left, top, left + side, top + side)))
+        return pictures
+
+    return cut
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """An installed Chromium, driven by playwright."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    file = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if file is None:
+        pytest.skip("no Chromium here: install it, or name it in CHROMIUM")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=file, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def calibrate() -> Callable[[torch.nn.Module, torch.Tensor], torch.nn.Module]:
+    """Gives batch norm the statistics of these images, as training would."""
+
+    def calibrate(network: torch.nn.Module, images: torch.Tensor) -> torch.nn.Module:
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0
+        with torch.no_grad():
+            network.train()(images)
+        return network.eval()
+
+    return calibrate
+
+
 EXPORTED = {
     "ssd": ["model.width=0.25", "model.num_experts=2"],
     "static_ssd": ["model.width=0.25", "model.num_experts=1"],
+    # Maps of odd sizes, and fewer detections than there is place for.
+    "odd_ssd": [
+        "model.width=0.25",
+        "model.num_experts=2",
+        "model.input_size=75",
+        "model.postprocess.score_threshold=0.5",
+    ],
     "ssdlite": ["model=ssdlite320_mobilenet_v1", "model.width=0.25", "model.num_experts=2"],
     "efficientnet": ["model=ssdlite320_mobilenet_v1", "model/backbone=efficientnet_cc_b0"],
     "fpnlite": [
@@ -190,6 +249,12 @@ EXPORTED = {
         "model.num_experts=2",
         "model.head.num_convs=1",
         "model.preprocess.centered=true",
+    ],
+    "static_fpnlite": [
+        "model=retinanet_mobilenet_v1_fpnlite",
+        "model.width=0.25",
+        "model.num_experts=1",
+        "model.head.num_convs=1",
     ],
     "retinanet": [
         "model=retinanet",
@@ -204,7 +269,9 @@ EXPORTED = {
 
 @pytest.fixture(scope="session")
 def export_model(
-    compose_config: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+    compose_config: Callable[..., Any],
+    calibrate: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Path]:
     """Exports a small model of random weights; its checkpoint lies beside it, as .pt.
 
@@ -223,17 +290,14 @@ def export_model(
     def save(name: str) -> Path:
         path = folder / f"{name}.pt"
         if not path.exists():
-            overrides = [*EXPORTED[name], "model.input_size=64"]
+            overrides = ["model.input_size=64", *EXPORTED[name]]
             model = plain(compose_config("train", overrides))["model"]
             torch.manual_seed(0)
             network = build_model(model, len(CLASSES)).network
             for layer in network.class_layers:
-                torch.nn.init.normal_(network.get_submodule(layer).weight, std=0.3)
-            for module in network.modules():
-                if isinstance(module, torch.nn.BatchNorm2d):
-                    module.momentum = 1.0
-            with torch.no_grad():
-                network.train()(torch.randn(8, 3, 64, 64))
+                torch.nn.init.normal_(network.get_submodule(layer).weight, std=0.12)
+            side = model["input_size"]
+            calibrate(network, torch.randn(8, 3, side, side))
             save_checkpoint(
                 path,
                 model=network.state_dict(),
@@ -251,3 +315,46 @@ def export_model(
         )
 
     return export_model
+
+
+@pytest.fixture(scope="session")
+def detected_data(
+    export_model: Callable[..., Path],
+    photographs: Callable[..., list[Image.Image]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., list[str]]:
+    """Data whose objects are, nearly, the best that the small SSD finds, so that its AP is high."""
+    from detection.detector import Detector
+
+    @cache
+    def write(size: tuple[int, int] = (64, 64)) -> list[str]:
+        folder = tmp_path_factory.mktemp("detected")
+        detector = Detector.from_checkpoint(export_model("ssd").with_suffix(".pt"))
+        pictures, random = photographs(8, size), np.random.default_rng(0)
+        images, annotations = [], []
+        for i, (picture, found) in enumerate(
+            zip(pictures, detector.predict(pictures), strict=True), start=1
+        ):
+            picture.save(folder / f"{i}.png")
+            images.append({"id": i, "file_name": f"{i}.png", "width": size[0], "height": size[1]})
+            for (x0, y0, x1, y1), label in zip(
+                found.boxes[:5].tolist(), found.labels[:5].tolist(), strict=True
+            ):
+                w, h = x1 - x0, y1 - y0
+                x, y = random.normal([x0, y0], [w / 50, h / 50])
+                annotations.append(
+                    {"id": len(annotations) + 1, "image_id": i, "category_id": label + 1,
+                     "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
+                )  # fmt: skip
+        file = folder / "instances.json"
+        categories = [{"id": i, "name": name} for i, name in enumerate(detector.names, start=1)]
+        file.write_text(
+            json.dumps({"images": images, "annotations": annotations, "categories": categories})
+        )
+        return [
+            "data=custom",
+            *(f"data.{split}.images={folder}" for split in ("train", "val")),
+            *(f"data.{split}.annotations={file}" for split in ("train", "val")),
+        ]
+
+    return write

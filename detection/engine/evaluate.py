@@ -133,8 +133,9 @@ def evaluate_exported(
                 image_ids.append(index.image_ids[i])
             except UnreadableImage as error:
                 unreadable.append(f"{index.file_names[i]}: {error}")
-        for image_id, found in zip(image_ids, detector.predict(images), strict=True):
-            results += _known_results(map(torch.from_numpy, found), image_id, categories)
+        detections = detector.predict(images, batch_size=batch_size)
+        for image_id, found in zip(image_ids, detections, strict=True):
+            results += _known_results(map(torch.from_numpy, found[:3]), image_id, categories)
     if unreadable and not index.images_dir.is_dir():
         raise UserError(f"{index.images_dir}: the folder of images is gone: bring it back")
     _warn_of_unreadable(unreadable)

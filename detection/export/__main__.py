@@ -5,6 +5,7 @@ configs/export.yaml has the keys.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,15 +87,25 @@ def export(config: DictConfig) -> Path:
         measured["specialized"] = data.measure(parts, categories)
         metadata["specialized"] = "true"
 
-    write = {"onnx": export_onnx, "openvino": export_openvino, "torch_export": export_torch}
-    write[content["format"]](detector, metadata, path)
     if data and content["quantize"]:
         batches = list(data.samples.split(1))
         if content["images"] == "float32":
             batches = [parts.preprocess(batch) for batch in batches]
-        count = quantize_onnx(path, [batch.numpy() for batch in batches], path)
+        with tempfile.TemporaryDirectory() as folder:
+            exported = Path(folder) / "float.onnx"
+            export_onnx(detector, metadata, exported)
+            measured["exported"] = data.measure_file(exported)
+            count = quantize_onnx(
+                exported,
+                [batch.numpy() for batch in batches],
+                path,
+                experts=content["quantize_experts"],
+            )
         print(f"{count} static convolutions in INT8, calibrated on {len(batches)} images")
         measured["quantized"] = data.measure_file(path)
+    else:
+        write = {"onnx": export_onnx, "openvino": export_openvino, "torch_export": export_torch}
+        write[content["format"]](detector, metadata, path)
     side = metadata["input_size"]
     print(
         f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB, {content['images']} images "
@@ -161,11 +172,16 @@ class _Data:
 
 
 def _read_samples(index: CocoIndex, preprocess: Any, number: int) -> torch.Tensor:
-    """uint8 (N, 3, S, S), spread evenly over a split."""
+    """uint8 (N, 3, S, S), spread evenly over a split.
+
+    Raises:
+        UserError: where none can be read.
+    """
     import torch
 
     from detection.data.dataset import DetectionDataset
     from detection.data.transforms import EvalTransform
+    from detection.errors import UserError
 
     transform = EvalTransform(resize=preprocess.resize)
     dataset = DetectionDataset(index, transform, seed=0, training=False)
@@ -176,7 +192,11 @@ def _read_samples(index: CocoIndex, preprocess: Any, number: int) -> torch.Tenso
             print(f"cannot read {sample.unreadable[0]}: left out")
         else:
             images.append(sample.image)
-    return torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)
+    if not images:
+        raise UserError(
+            f"{index.annotations_file}: none of the images to calibrate with can be read"
+        )
+    return torch.stack(images)
 
 
 if __name__ == "__main__":

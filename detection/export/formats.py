@@ -66,27 +66,24 @@ class ExportedDetector(nn.Module):
 
 
 def export_program(detector: ExportedDetector) -> torch.export.ExportedProgram:
-    """The detector as a graph that holds for every batch size."""
+    """The detector as a graph that holds for every batch size, batch norm folded."""
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():
-        return torch.export.export(detector, (detector.example(),), dynamic_shapes=({0: batch},))
+        program = torch.export.export(detector, (detector.example(),), dynamic_shapes=({0: batch},))
+    fold_norms(program)
+    return program
 
 
 def export_onnx(detector: ExportedDetector, metadata: dict[str, str], path: str | Path) -> None:
     """Write an ONNX file, its weights inside, `metadata` as its metadata properties.
-
-    torch's exporter folds batch norm into the static convolutions that it follows.
 
     Raises:
         UserError: where onnx or onnxscript is not installed, or the file cannot be written.
     """
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if missing:
-        raise UserError(
-            f"format=onnx needs {' and '.join(missing)}: pip install 'condconv-detection[export]'"
-        )
+        raise UserError(f"format=onnx needs {' and '.join(missing)}: pip install -e '.[export]'")
     program = export_program(detector)
-    fold_norms(program)
     exported = torch.onnx.export(
         program,
         dynamo=True,
@@ -127,9 +124,7 @@ def export_openvino(detector: ExportedDetector, metadata: dict[str, str], path: 
     try:
         import openvino
     except ImportError as error:
-        raise UserError(
-            "format=openvino needs openvino: pip install 'condconv-detection[openvino]'"
-        ) from error
+        raise UserError("format=openvino needs openvino: pip install -e '.[openvino]'") from error
     path = Path(path)
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(detector, metadata, Path(folder) / "model.onnx")

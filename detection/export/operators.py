@@ -13,29 +13,33 @@ from torch import nn
 
 
 def fold_norms(program: torch.export.ExportedProgram) -> None:
-    """Fold batch norm into the expert kernels before it, in place.
+    """Fold batch norm into the kernels before it, all experts alike, in place.
 
     With s = weight / sqrt(variance + epsilon), s (a_1 W_1 + ... + a_E W_E) is
     a_1 (s W_1) + ... + a_E (s W_E). A norm stays behind a layer that is called more than once, that
-    has biases of its own, or that holds its kernels in another shape, as timm does.
+    has biases of its own, or that holds its kernels in another shape, as timm's CondConv does.
     """
     graph, state = program.graph, program.state_dict
     tensors = {**program.graph_signature.inputs_to_parameters,
                **program.graph_signature.inputs_to_buffers}  # fmt: skip
-    for layer in graph.find_nodes(op="call_function", target=torch.ops.condconv.exported.default):
+    operators = {torch.ops.condconv.exported.default: 3, torch.ops.aten.conv2d.default: 2}
+    for layer in list(graph.nodes):
+        bias_place = operators.get(layer.target)
         (norm,) = layer.users if len(layer.users) == 1 else (None,)
-        if norm is None or norm.target != torch.ops.aten.batch_norm.default:
+        if not bias_place or not norm or norm.target != torch.ops.aten.batch_norm.default:
             continue
-        weight = layer.args[1]
-        inputs = [weight, *norm.args[1:5]]
-        if any(node is None or len(node.users) > 1 or node.name not in tensors for node in inputs):
+        biases = layer.args[bias_place : bias_place + 1]
+        inputs = [layer.args[1], *norm.args[1:5]]
+        if biases not in ((), (None,)) or any(
+            node is None or len(node.users) > 1 or node.name not in tensors for node in inputs
+        ):
             continue
         names = [tensors[node.name] for node in inputs]
         kernels, scale, shift, mean, variance = (state[name] for name in names)
         scale = scale / (variance + norm.args[7]).sqrt()
         state[names[0]] = nn.Parameter((kernels * scale[:, None, None, None]).detach())
         state[names[2]] = nn.Parameter((shift - mean * scale).detach())
-        layer.update_arg(3, inputs[2])
+        layer.args = (*layer.args[:bias_place], inputs[2], *layer.args[bias_place + 1 :])
         norm.replace_all_uses_with(layer)
         graph.erase_node(norm)
     program.graph_module.recompile()

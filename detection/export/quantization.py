@@ -15,7 +15,9 @@ from detection.errors import UserError
 from detection.export.files import written_whole
 
 
-def quantize_onnx(source: str | Path, images: Sequence[np.ndarray], path: str | Path) -> int:
+def quantize_onnx(
+    source: str | Path, images: Sequence[np.ndarray], path: str | Path, *, experts: bool = True
+) -> int:
     """Write an ONNX file whose static convolutions compute in INT8, its experts stored in INT8.
 
     ONNX Runtime's static quantiser: weights of 7 bits by output channel (without VNNI, sums of
@@ -27,6 +29,7 @@ def quantize_onnx(source: str | Path, images: Sequence[np.ndarray], path: str | 
         source: as `export_onnx` writes it.
         images: batches to calibrate with, as the file takes them.
         path: where to write; its metadata gains `quantized`.
+        experts: else CondConv layers stay as they are.
 
     Returns:
         How many convolutions compute in INT8.
@@ -44,15 +47,13 @@ def quantize_onnx(source: str | Path, images: Sequence[np.ndarray], path: str | 
             quantize_static,
         )
     except ImportError as error:
-        raise UserError(
-            f"quantize=true needs {error.name}: pip install 'condconv-detection[export]'"
-        ) from error
+        raise UserError(f"quantize=true needs {error.name}: pip install -e '.[export]'") from error
     if not len(images):
         raise UserError("quantize=true needs images to calibrate with: the data has none")
     model = onnx.load(source)
     num_convolutions = sum(node.op_type == "Conv" for node in model.graph.node)
     if not num_convolutions:
-        raise UserError(f"{source} has no static convolution to quantise")
+        raise UserError("quantize=true: the network has no static convolution")
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
@@ -62,7 +63,7 @@ def quantize_onnx(source: str | Path, images: Sequence[np.ndarray], path: str | 
             batch = next(self.batches, None)
             return None if batch is None else {"images": batch}
 
-    with written_whole(path) as partial, _quiet(), tempfile.TemporaryDirectory() as folder:
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "int8.onnx"
         quantize_static(
             model,
@@ -76,11 +77,13 @@ def quantize_onnx(source: str | Path, images: Sequence[np.ndarray], path: str | 
             weight_type=QuantType.QInt8,
         )
         quantized = onnx_ir.load(result)
-        quantize_experts(quantized)
+        if experts:
+            quantize_experts(quantized)
         properties = {entry.key: entry.value for entry in model.metadata_props}
         quantized.metadata_props.clear()
         quantized.metadata_props.update(properties, quantized="int8")
-        onnx_ir.save(quantized, partial)
+        with written_whole(path) as partial:
+            onnx_ir.save(quantized, partial)
     return num_convolutions
 
 

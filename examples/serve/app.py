@@ -1,6 +1,6 @@
 """A small server: images in, boxes out, and a page to try it on.
 
-    pip install 'condconv-detection[serve]'
+    pip install -e '.[serve]'
     MODEL=model.onnx uvicorn --app-dir examples/serve app:app
 
 `POST /detect` takes one image as the form field `image` and answers with
@@ -12,19 +12,21 @@ from __future__ import annotations
 import asyncio
 import io
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Query, UploadFile
-from fastapi.responses import FileResponse
-from PIL import Image, ImageOps
+from fastapi import FastAPI, HTTPException, Query, Request, Response, UploadFile
+from fastapi.responses import FileResponse, JSONResponse
+from PIL import Image
 
+from detection.images import UnreadableImage, load_image
 from detection.onnx_detector import ArrayDetections, OnnxDetector
 
-MAX_BYTES = 20 * 2**20
+MAX_BYTES = 20 * 2**20  # of a request
 MAX_PIXELS = 50_000_000
+MAX_REQUESTS = 32  # at a time, each with a picture in memory
 
 
 class Batcher:
@@ -73,23 +75,36 @@ def read_image(content: bytes) -> Image.Image:
     Raises:
         HTTPException: 413 where it is too large, 415 where it is no image, 422 where it is damaged.
     """
-    if len(content) > MAX_BYTES:
-        raise HTTPException(413, f"the file is larger than {MAX_BYTES // 2**20} MB")
     try:
-        image = Image.open(io.BytesIO(content))
+        with Image.open(io.BytesIO(content)) as image:
+            is_large = image.width * image.height > MAX_PIXELS
+    except Image.DecompressionBombError:
+        is_large = True
     except Exception as error:  # Pillow's readers answer in many ways
         raise HTTPException(415, "the file is not an image that Pillow reads") from error
-    if image.width * image.height > MAX_PIXELS:
+    if is_large:
         raise HTTPException(413, f"the image has more than {MAX_PIXELS / 1e6:.0f} million pixels")
     try:
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:
+        return load_image(io.BytesIO(content))
+    except UnreadableImage as error:
         raise HTTPException(422, f"the image is damaged: {error}") from error
+
+
+async def check_length(
+    request: Request, answer: Callable[[Request], Awaitable[Response]]
+) -> Response:
+    """Refuse a large request before any of it is read."""
+    if "transfer-encoding" in request.headers:
+        return JSONResponse({"detail": "the request does not state its length"}, 411)
+    if int(request.headers.get("content-length", 0)) > MAX_BYTES:
+        return JSONResponse({"detail": f"the file is larger than {MAX_BYTES // 2**20} MB"}, 413)
+    return await answer(request)
 
 
 def make_app(detector: OnnxDetector) -> FastAPI:
     """The server of a detector."""
     batcher = Batcher(detector)
+    places = asyncio.Semaphore(MAX_REQUESTS)
 
     @asynccontextmanager
     async def serve_batches(_: FastAPI) -> AsyncIterator[None]:
@@ -98,6 +113,7 @@ def make_app(detector: OnnxDetector) -> FastAPI:
         task.cancel()
 
     app = FastAPI(title="Object detection", lifespan=serve_batches)
+    app.middleware("http")(check_length)
 
     @app.get("/")
     def page() -> FileResponse:
@@ -107,15 +123,17 @@ def make_app(detector: OnnxDetector) -> FastAPI:
     async def detect(
         image: UploadFile, score_threshold: float = Query(0.05, ge=0, le=1)
     ) -> dict[str, Any]:
-        content = await image.read(MAX_BYTES + 1)
-        picture = await asyncio.to_thread(read_image, content)
-        found = await batcher.predict(picture)
+        if places.locked():
+            raise HTTPException(503, "too many requests at a time", {"Retry-After": "1"})
+        async with places:
+            picture = await asyncio.to_thread(read_image, await image.read())
+            found = await batcher.predict(picture)
         return {
             "width": picture.width,
             "height": picture.height,
             "detections": [
-                {"box": box.tolist(), "score": float(score), "name": detector.names[label]}
-                for box, score, label in zip(*found, strict=True)
+                {"box": box.tolist(), "score": float(score), "name": found.names[label]}
+                for box, score, label in zip(*found[:3], strict=True)
                 if score >= score_threshold
             ],
         }

@@ -95,6 +95,24 @@ def test_routing_is_the_mean_over_all_samples() -> None:
     assert summaries["0.router"].deviation == pytest.approx(weights.std(0, correction=0).tolist())
 
 
+def test_a_layer_that_runs_several_times_gets_the_mean_of_all() -> None:
+    class Levels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = RoutedCondConv2d(3, 4, 1, num_experts=2)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [self.layer(x), self.layer(3 * x[:, :, ::2])]
+
+    network = Levels()
+    layer, x = network.layer, images(2)
+    with torch.no_grad():
+        weights = torch.cat([layer.router(x), layer.router(3 * x[:, :, ::2])])
+        expected = torch.einsum("e,eoihw->oihw", weights.mean(0), layer.weight)
+    specialize(network, [x])
+    torch.testing.assert_close(network.layer.weight, expected)
+
+
 def test_mistakes_change_nothing() -> None:
     for network in (nn.Sequential(nn.Conv2d(3, 4, 1)), RoutedCondConv2d(3, 4, 1, num_experts=2)):
         with pytest.raises(ValueError, match="no CondConv layer below"):

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import io
-import shutil
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detection.onnx_detector import ArrayDetections
+from detection.onnx_detector import ArrayDetections, OnnxDetector
 
 uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 testclient = pytest.importorskip("fastapi.testclient", reason="the extra `serve` is not installed")
@@ -53,6 +53,7 @@ class Finder:
                 np.float32([[0, 0, *image.size], [1, 1, 5, 5]]),
                 np.float32([np.asarray(image)[0, 0, 0] / 255, 0.1]),
                 np.array([1, 0]),
+                self.names,
             )
             for image in images
         ]
@@ -115,12 +116,52 @@ def test_requests_at_the_same_time_share_batches(client: Any, finder: Finder) ->
         (encode(size=(400, 300), format="JPEG")[:-700], 422, "damaged"),
         (bytes(20 * 2**20 + 1), 413, "larger than 20 MB"),
         (encode(size=(10000, 5001)), 413, "million pixels"),
+        (encode(size=(14000, 14000)), 413, "million pixels"),  # too many even for Pillow to open
     ],
 )
 def test_bad_uploads(client: Any, content: bytes, status: int, answer: str) -> None:
     response = client.post("/detect", files={"image": ("a.png", content)})
     assert response.status_code == status
     assert answer in response.json()["detail"]
+
+
+def test_sixteen_bits_a_pixel(serve: ModuleType) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 100 * 256, np.uint16)).save(file, "PNG")
+    assert serve.read_image(file.getvalue()).getpixel((0, 0)) == (100, 100, 100)
+
+
+def test_a_large_request_is_not_read(serve: ModuleType, finder: Finder) -> None:
+    async def ask(*headers: tuple[bytes, bytes]) -> int:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async def receive() -> Any:
+            raise AssertionError("the request was read")
+
+        scope = {"type": "http", "method": "POST", "path": "/detect", "query_string": b"",
+                 "headers": headers, "http_version": "1.1", "scheme": "http"}  # fmt: skip
+        await serve.make_app(finder)(scope, receive, send)
+        return sent[0]["status"]
+
+    assert asyncio.run(ask((b"content-length", b"20971521"))) == 413
+    chunked = ((b"transfer-encoding", b"chunked"), (b"content-length", b"9"))
+    assert asyncio.run(ask(*chunked)) == 411
+
+
+def test_too_many_requests(
+    serve: ModuleType, client: Any, finder: Finder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(_: int) -> int:
+        return client.post("/detect", files={"image": encode()}).status_code
+
+    with ThreadPoolExecutor(2 * serve.MAX_REQUESTS) as threads:
+        answers = list(threads.map(ask, range(2 * serve.MAX_REQUESTS)))
+    assert set(answers) == {200, 503}
+    assert sum(finder.batches) == answers.count(200) >= serve.MAX_REQUESTS
+    assert ask(0) == 200
 
 
 def test_requests_that_are_none(client: Any) -> None:
@@ -152,42 +193,56 @@ def address(serve: ModuleType, finder: Finder) -> Iterator[str]:
     thread.join()
 
 
+def test_a_real_detector(
+    serve: ModuleType, export_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As uvicorn starts it: `MODEL=FILE uvicorn app:app`."""
+    file = export_model("ssd")
+    monkeypatch.setenv("MODEL", str(file))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8))
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    (expected,) = OnnxDetector.from_file(file).predict(picture, score_threshold=0.3)
+    with testclient.TestClient(serve.app) as client:
+        answer = client.post("/detect", files={"image": content.getvalue()},
+                             params={"score_threshold": 0.3}).json()  # fmt: skip
+    assert (answer["width"], answer["height"]) == (40, 30)
+    found = answer["detections"]
+    assert [one["name"] for one in found] == [expected.names[i] for i in expected.labels] != []
+    assert [one["score"] for one in found] == pytest.approx(expected.scores)
+    np.testing.assert_allclose([one["box"] for one in found], expected.boxes, rtol=1e-6)
+
+
 @pytest.mark.slow
-def test_the_page_in_a_browser(address: str, tmp_path: Path) -> None:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    browser_file = shutil.which("chromium")
-    if browser_file is None:
-        pytest.skip("chromium is not installed")
+def test_the_page_in_a_browser(address: str, browser: Any, tmp_path: Path) -> None:
+    from playwright.sync_api import expect
+
     (tmp_path / "red.png").write_bytes(encode())
     (tmp_path / "text.png").write_text("hello")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=browser_file, args=["--no-sandbox"])
-        page = browser.new_page()
-        faults: list[str] = []
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.goto(address)
-        status = page.locator("#status")
-        page.set_input_files("#file", tmp_path / "red.png")
-        playwright.expect(status).to_have_text("1 of 2 detections shown")
-        edge = (
-            "[...document.querySelector('canvas').getContext('2d').getImageData(20, 29, 1, 1).data]"
-        )
-        assert page.evaluate("document.querySelector('canvas').width") == 40
-        assert page.evaluate(edge) != [204, 0, 0, 255]  # the box is drawn over the image
-        for threshold, text in ((0.9, "0 of 2"), (0.05, "2 of 2")):
-            page.locator("#threshold").fill(str(threshold))
-            playwright.expect(status).to_have_text(f"{text} detections shown")
-        page.set_input_files("#file", tmp_path / "text.png")
-        playwright.expect(status).to_have_text("the file is not an image that Pillow reads")
-        # Dropped instead of chosen.
-        page.evaluate(
-            """async bytes => {
-                const transfer = new DataTransfer();
-                transfer.items.add(new File([new Uint8Array(bytes)], "a.png", {type: "image/png"}));
-                document.dispatchEvent(new DragEvent("drop", {dataTransfer: transfer}));
-            }""",
-            list(encode(255)),
-        )
-        playwright.expect(status).to_have_text("2 of 2 detections shown")
-        browser.close()
+    page = browser.new_page()
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto(address)
+    status = page.locator("#status")
+    page.set_input_files("#file", tmp_path / "red.png")
+    expect(status).to_have_text("1 of 2 detections shown")
+    edge = "[...document.querySelector('canvas').getContext('2d').getImageData(20, 29, 1, 1).data]"
+    assert page.evaluate("document.querySelector('canvas').width") == 40
+    assert page.evaluate(edge) != [204, 0, 0, 255]  # the box is drawn over the image
+    for threshold, text in ((0.9, "0 of 2"), (0.05, "2 of 2")):
+        page.locator("#threshold").fill(str(threshold))
+        expect(status).to_have_text(f"{text} detections shown")
+    page.set_input_files("#file", tmp_path / "text.png")
+    expect(status).to_have_text("the file is not an image that Pillow reads")
+    # Dropped instead of chosen.
+    page.evaluate(
+        """async bytes => {
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([new Uint8Array(bytes)], "a.png", {type: "image/png"}));
+            document.dispatchEvent(new DragEvent("drop", {dataTransfer: transfer}));
+        }""",
+        list(encode(255)),
+    )
+    expect(status).to_have_text("2 of 2 detections shown")
+    page.close()
     assert not faults

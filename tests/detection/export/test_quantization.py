@@ -135,6 +135,20 @@ def test_mistakes(export_model: Export, tmp_path: Path) -> None:
         quantize_onnx(export_model("ssd"), [], tmp_path / "a.onnx")
     empty = onnx.helper.make_graph([], "empty", [], [])
     onnx.save(onnx.helper.make_model(empty), tmp_path / "empty.onnx")
-    with pytest.raises(UserError, match="no static convolution to quantise"):
+    with pytest.raises(UserError, match="the network has no static convolution"):
         quantize_onnx(tmp_path / "empty.onnx", [noise(1)], tmp_path / "a.onnx")
     assert not (tmp_path / "a.onnx").exists()
+
+
+def test_a_fault_of_calibration_is_told_as_it_is(
+    export_model: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not as a file that cannot be written."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("onnxruntime.quantization.quantize_static", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        quantize_onnx(export_model("ssd"), [noise(1)], tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -154,23 +152,6 @@ def test_two_hundred_pictures_stay_small(index: CocoIndex, monkeypatch: pytest.M
     monkeypatch.setattr(page_module, "load_annotated_image", lambda *_: picture)
     source = page_module._encode_image(index, 0, page_module.MAX_IMAGE_BYTES // 200)
     assert source and 200 * len(source) < 26 * 2**20
-
-
-def find_browser() -> str | None:
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    executable = find_browser()
-    if executable is None:
-        pytest.skip("no Chromium here: install it, or name it in CHROMIUM")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
