@@ -1,6 +1,6 @@
 """Search optimizer settings with Optuna: an example to copy and change.
 
-    pip install 'condconv-detection[optuna]'
+    pip install -e '.[optuna]'
     python examples/optuna_sweep.py --trials 20 --output DIR [group=option ...] [key=value ...]
 
 The overrides are those of train_det.py. Each trial is a run in a folder of its own, DIR/0, DIR/1

@@ -198,5 +198,5 @@ def _import(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"logger={name} needs {name}: pip install 'condconv-detection[{name}]'"
+            f"logger={name} needs {name}: pip install -e '.[{name}]'"
         ) from error

@@ -279,5 +279,5 @@ def _import_av() -> Any:
     try:
         import av
     except ImportError:
-        raise UserError('videos need PyAV: pip install "condconv-detection[video]"') from None
+        raise UserError("videos need PyAV: pip install -e '.[video]'") from None
     return av

@@ -200,7 +200,7 @@ def test_videos_without_pyav_name_the_remedy(
         lambda: read_source(tmp_path / "a.mp4"),
         lambda: VideoWriter(tmp_path / "b.mp4", 5),
     ):
-        with pytest.raises(UserError, match=r'pip install "condconv-detection\[video\]"'):
+        with pytest.raises(UserError, match=r"pip install -e '\.\[video\]'"):
             make()
 
 
