@@ -197,6 +197,4 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(
-            f"logger={name} needs {name}: pip install -e '.[{name}]'"
-        ) from error
+        raise UserError(f"logger={name} needs {name}: pip install -e '.[{name}]'") from error
