@@ -2,15 +2,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.model_table import MODELS, make_table
 from detection.cli import config_dir
 
 PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
 
 
-def test_the_page_has_the_scripts_table():
+def read_table() -> list[str]:
     table = PAGE[PAGE.index("| overrides |") :]
-    assert table[: table.index("\n\n")] == make_table()
+    return table[: table.index("\n\n")].splitlines()
+
+
+@pytest.mark.slow
+def test_the_page_has_the_scripts_table():
+    assert read_table() == make_table().splitlines()
+
+
+def test_the_page_has_every_model():
+    _, _, *rows = read_table()
+    assert [row.split("`")[1] for row in rows] == list(MODELS)
+    cheap = [model for model in MODELS if "ssd" in model and "/backbone" not in model]
+    assert set(make_table(cheap).splitlines()) <= set(read_table())
 
 
 def test_every_shipped_model_is_shown():
