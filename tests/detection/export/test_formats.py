@@ -120,13 +120,13 @@ def assert_computes_the_same(
     ("format", "model"),
     [
         ("onnx", "ssd"),
-        ("openvino", "ssd"),
-        ("torch_export", "ssd"),
-        ("onnx", "fpnlite"),
         ("onnx", "odd_ssd"),
         *(
             pytest.param(format, model, marks=pytest.mark.slow)
             for format, model in [
+                ("openvino", "ssd"),
+                ("torch_export", "ssd"),
+                ("onnx", "fpnlite"),
                 ("onnx", "ssdlite"),
                 ("onnx", "efficientnet"),
                 ("onnx", "retinanet"),
