@@ -205,12 +205,14 @@ def bench(row: str, args: argparse.Namespace, folder: Path) -> list[dict[str, An
                   + ", ".join(f"{operator} {times[operator]:.1f}" for operator in longest),
                   flush=True)  # fmt: skip
     latency, throughput = (time_rounds(sides, x, args.seconds) for x in (single, batch))
-    results = []
+    results: dict[tuple[str, str], dict[str, Any]] = {}
     for name, side in sorted(sides, key=lambda key: args.sides.index(key[1])):
         median, p95 = np.percentile(latency[name, side], [50, 95])
         rate = 8000 / float(np.median(throughput[name, side]))
-        results.append({"row": row, "network": name, "side": side, "median": median, "p95": p95,
-                        "images_per_second": rate, "multiply_adds": costs[name]})  # fmt: skip
+        results[name, side] = {
+            "row": row, "network": name, "side": side, "median": median, "p95": p95,
+            "images_per_second": rate, "multiply_adds": costs[name],
+        }  # fmt: skip
         print(
             f"| {row} {name} | {costs[name] / 1e6:.0f} | {side} "
             f"| {median:.1f} | {p95:.1f} | {rate:.1f} |",
@@ -219,17 +221,13 @@ def bench(row: str, args: argparse.Namespace, folder: Path) -> list[dict[str, An
     for side in args.sides if {"static", "8 experts"} <= costs.keys() else ():
         pairs = zip(latency["8 experts", side], latency["static", side], strict=True)
         low, middle, high = np.percentile([own / other for own, other in pairs], [25, 50, 75])
-        next(
-            result
-            for result in results
-            if (result["network"], result["side"]) == ("8 experts", side)
-        )["ratio"] = float(middle)
+        results["8 experts", side]["ratio"] = float(middle)
         print(
             f"{row}, {side}, batch 1: 8 experts take {middle:.2f} times static's "
             f"({low:.2f} to {high:.2f} in half of the rounds)",
             flush=True,
         )
-    return results
+    return list(results.values())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

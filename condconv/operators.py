@@ -23,6 +23,7 @@ from condconv.strategies import (
     mix,
     run_backward,
     run_forward,
+    save_inputs,
     split_groups,
 )
 
@@ -150,18 +151,13 @@ def _(grad_y: Tensor, *inputs: Any) -> list[Tensor]:
     return [lay_out(x.new_empty(x.shape), is_channels_last(x)), *grads] if needs_x else grads
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.options = inputs[3:]
-
-
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:3]
     grads = iter(_operator_backward(grad_y, *ctx.saved_tensors, *ctx.options, needs))
     return *(next(grads) if need else None for need in needs), *[None] * 6
 
 
-operator.register_autograd(_backward, setup_context=_save_inputs)
+operator.register_autograd(_backward, setup_context=save_inputs)
 
 
 def _unpack(

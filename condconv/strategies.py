@@ -117,43 +117,10 @@ def execute(
     return run_forward(*inputs, geometry, strategy)
 
 
-class _Mixed(torch.autograd.Function):
-    """The operation, with a backward pass that mixes the kernels again instead of keeping them.
-
-    Every step is differentiable: gradients of gradients come out right.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        routing_weights: Tensor,
-        geometry: Geometry,
-        strategy: Strategy,
-    ) -> Tensor:
-        return run_forward(x, weight, routing_weights, geometry, strategy)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.options = inputs[3:]
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, routing_weights = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        with disable_autocast(x.device.type):
-            grads = run_backward(
-                grad_outputs[0], x, weight, routing_weights, *ctx.options, needs=needs
-            )
-        return *grads, None, None
-
-
 def run_forward(
     x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry, strategy: Strategy
 ) -> Tensor:
+    """(B, O, H', W'), without the bias."""
     if strategy == "matmul" or x.shape[0] == 0:
         patches = gather_patches(x, weight, geometry)
         y = _matmul(patches, weight.flatten(2), routing_weights, geometry.groups)
@@ -185,6 +152,34 @@ def run_backward(
         )
     at_once = x.shape[0] if strategy == "grouped" else 1
     return _differentiate_convolution(grad_y, x, weight, routing_weights, geometry, at_once, needs)
+
+
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep for the backward pass what is there in any case, and no mixed kernels."""
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+class _Mixed(torch.autograd.Function):
+    """The operation, with a backward pass that mixes the kernels again instead of keeping them.
+
+    Every step is differentiable: gradients of gradients come out right.
+    """
+
+    generate_vmap_rule = True
+
+    forward = staticmethod(run_forward)
+    setup_context = staticmethod(save_inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, routing_weights = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        with disable_autocast(x.device.type):
+            grads = run_backward(
+                grad_outputs[0], x, weight, routing_weights, *ctx.options, needs=needs
+            )
+        return *grads, None, None
 
 
 def _convolve(x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry) -> Tensor:

@@ -229,10 +229,11 @@ def find_model(config: Mapping[str, Any]) -> dict[str, Any]:
     # Heavy, and most runs do without.
     from detection.build import SHORTHANDS
     from detection.checkpoint import load_checkpoint
+    from detection.importers.detector import DOWNLOAD
 
     if config["weights"] is None:
         raise UserError("no model: give model.weights=FILE, a checkpoint, or choose a model")
-    if str(config["weights"]).startswith("torchvision:"):
+    if str(config["weights"]).startswith(DOWNLOAD):
         raise UserError(f"{config['weights']} names no model: give model=retinanet as well")
     for key in sorted(SHORTHANDS & config.keys()):
         raise UserError(f"model.{key} is resolved in a checkpoint: give +model.backbone.{key}=...")
