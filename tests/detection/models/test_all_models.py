@@ -19,6 +19,8 @@ from detection.detector import Detector
 from detection.models.layers import AnchorNetwork
 from detection.structures import Category, ImageDetections, Targets
 
+Calibrate = Callable[[nn.Module, torch.Tensor], Any]
+
 MODELS = sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
 BACKBONES = sorted(path.stem for path in (config_dir() / "model" / "backbone").glob("*.yaml"))
 CATEGORIES = [Category(1, "a"), Category(2, "b"), Category(5, "c")]
@@ -52,16 +54,6 @@ def _has(config: Any, key: str) -> bool:
     return True
 
 
-def calibrate(network: nn.Module) -> None:
-    """Batch statistics of some images: features of a new network are next to nothing."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-    network.train()
-    with torch.no_grad():
-        network(torch.randn(8, 3, SIZE, SIZE))
-
-
 def check_training(parts: ModelParts) -> None:
     """Every trainable parameter has a gradient."""
     targets = Targets(
@@ -89,13 +81,13 @@ def assert_same(ours: ImageDetections, expected: ImageDetections, tolerance: flo
         torch.testing.assert_close(field, expected_field, rtol=tolerance, atol=tolerance)
 
 
-def check_model(config: Any, folder: Path) -> nn.Module:
+def check_model(calibrate: Calibrate, config: Any, folder: Path) -> nn.Module:
     """Training, detections, and a checkpoint that gives the same; returns the network."""
     torch.manual_seed(0)
     parts = build_model(config, len(CATEGORIES))
     check_training(parts)
 
-    calibrate(parts.network)
+    calibrate(parts.network, torch.randn(8, 3, SIZE, SIZE))
     parts.network.to(memory_format=torch.channels_last)  # as a checkpoint is loaded
     detector = Detector(parts, CATEGORIES)
     pictures = [np.random.default_rng(i).integers(0, 256, shape, dtype=np.uint8)
@@ -122,11 +114,17 @@ def check_model(config: Any, folder: Path) -> nn.Module:
 @pytest.mark.parametrize("num_experts", [1, 2])
 @pytest.mark.parametrize("model", MODELS)
 def test_model(
-    compose_config: Callable[..., Any], tmp_path: Path, model: str, num_experts: int
+    calibrate: Calibrate,
+    compose_config: Callable[..., Any],
+    tmp_path: Path,
+    model: str,
+    num_experts: int,
 ) -> None:
     choices = (f"model={model}", f"model.num_experts={num_experts}")
     backbone = "resnet50" if model == "retinanet" else None
-    network = check_model(compose_model(compose_config, *choices, backbone=backbone), tmp_path)
+    network = check_model(
+        calibrate, compose_model(compose_config, *choices, backbone=backbone), tmp_path
+    )
     assert bool(find_conditional(network)) == (num_experts > 1)
 
 
@@ -184,6 +182,7 @@ def test_another_size_is_that_of_a_network_built_for_it(
 )
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_backbone(
+    calibrate: Calibrate,
     compose_config: Callable[..., Any],
     tmp_path: Path,
     detector: str,
@@ -197,6 +196,8 @@ def test_backbone(
         f"model.num_experts={num_experts}",
         *(["model.backbone.num_conditional_blocks=1"] if backbone == "timm" else []),
     )
-    network = check_model(compose_model(compose_config, *choices, backbone=backbone), tmp_path)
+    network = check_model(
+        calibrate, compose_model(compose_config, *choices, backbone=backbone), tmp_path
+    )
     conditional = any(name.startswith("backbone.") for name in find_conditional(network))
     assert conditional == (num_experts > 1 or backbone == "efficientnet_cc_b0")

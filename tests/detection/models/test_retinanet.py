@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,8 @@ from condconv import CondConv2d, Router
 from detection.models.backbones import MobileNetV1
 from detection.models.layers import ConvBlock
 from detection.models.retinanet import FeaturePyramid, RetinaNet, RetinaNetHead
+
+Calibrate = Callable[[nn.Module, torch.Tensor], Any]
 
 GRIDS = (16, 8, 4, 2, 1)  # of 128 pixels
 
@@ -30,15 +33,6 @@ def make_retinanet(
         head=partial(RetinaNetHead, **({"num_convs": 2} | (head or {}))),
         **{"num_classes": 3, "input_size": 128} | options,
     )
-
-
-def calibrate(network: nn.Module) -> nn.Module:
-    """Batch norm statistics of some images: features of a new network are next to nothing."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-    network(torch.randn(8, 3, 128, 128))
-    return network.eval()
 
 
 def count_convolutions(network: nn.Module, name: str) -> tuple[int, int]:
@@ -68,8 +62,10 @@ def test_anchors_and_predictions_agree(num_scales: int) -> None:
         assert own.min().item() == pytest.approx(4 * 8 * 2**level)
 
 
-def test_first_probabilities() -> None:
-    predictions = calibrate(make_retinanet())(torch.randn(2, 3, 128, 128))
+def test_first_probabilities(calibrate: Calibrate) -> None:
+    predictions = calibrate(make_retinanet(), torch.randn(8, 3, 128, 128))(
+        torch.randn(2, 3, 128, 128)
+    )
     probabilities = predictions.logits.sigmoid()
     assert probabilities.mean().item() == pytest.approx(0.01, rel=0.2)
     assert probabilities.std() > 1e-5
@@ -94,8 +90,8 @@ def test_switches(backbone_experts: int, head_experts: int, separable: bool) -> 
 
 
 @torch.no_grad()
-def test_routing_differs_between_images_and_levels() -> None:
-    network = calibrate(make_retinanet(head={"num_experts": 4}))
+def test_routing_differs_between_images_and_levels(calibrate: Calibrate) -> None:
+    network = calibrate(make_retinanet(head={"num_experts": 4}), torch.randn(8, 3, 128, 128))
     routings: dict[nn.Module, list[torch.Tensor]] = {}
     for module in network.modules():
         if isinstance(module, Router):
@@ -113,8 +109,11 @@ def test_routing_differs_between_images_and_levels() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("norm", [None, "batch", "group"])
-def test_batched_equals_single(norm: str | None) -> None:
-    network = calibrate(make_retinanet(head={"num_experts": 4, "norm": norm}, backbone_experts=4))
+def test_batched_equals_single(calibrate: Calibrate, norm: str | None) -> None:
+    network = calibrate(
+        make_retinanet(head={"num_experts": 4, "norm": norm}, backbone_experts=4),
+        torch.randn(8, 3, 128, 128),
+    )
     images = torch.randn(3, 3, 128, 128)
     batched = network(images)
     for i in range(3):

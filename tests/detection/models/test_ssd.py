@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +11,8 @@ from condconv import CondConv2d, Router, count_multiply_adds
 from detection.losses import FocalCriterion
 from detection.models.ssd import SSD, ssd_mobilenet_v1
 from detection.structures import Targets
+
+Calibrate = Callable[[nn.Module, torch.Tensor], Any]
 
 
 def make_ssd(**arguments) -> SSD:
@@ -80,18 +85,9 @@ def test_every_parameter_has_a_gradient(num_experts: int) -> None:
     assert all(p.grad.isfinite().all() for p in network.parameters())
 
 
-def calibrate(network: SSD) -> SSD:
-    """Batch norm statistics of some images: features of a new network are next to nothing."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-    network(torch.randn(8, 3, 64, 64))
-    return network.eval()
-
-
 @torch.no_grad()
-def test_batched_equals_single() -> None:
-    network = calibrate(make_ssd())
+def test_batched_equals_single(calibrate: Calibrate) -> None:
+    network = calibrate(make_ssd(), torch.randn(8, 3, 64, 64))
     images = torch.randn(3, 3, 64, 64)
     batched = network(images)
     for i in range(3):
@@ -102,8 +98,8 @@ def test_batched_equals_single() -> None:
 
 
 @torch.no_grad()
-def test_examples_have_their_own_routing() -> None:
-    network = calibrate(make_ssd())
+def test_examples_have_their_own_routing(calibrate: Calibrate) -> None:
+    network = calibrate(make_ssd(), torch.randn(8, 3, 64, 64))
     seen = []
     for module in network.modules():
         if isinstance(module, Router):
