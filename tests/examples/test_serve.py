@@ -146,9 +146,10 @@ def test_a_large_request_is_not_read(serve: ModuleType, finder: Finder) -> None:
         await serve.make_app(finder)(scope, receive, send)
         return sent[0]["status"]
 
-    assert asyncio.run(ask((b"content-length", b"20971521"))) == 413
     chunked = ((b"transfer-encoding", b"chunked"), (b"content-length", b"9"))
-    assert asyncio.run(ask(*chunked)) == 411
+    with ThreadPoolExecutor(1) as thread:  # a browser that is open runs a loop in this one
+        for headers, status in (((b"content-length", b"20971521"),), 413), (chunked, 411):
+            assert thread.submit(asyncio.run, ask(*headers)).result() == status
 
 
 def test_too_many_requests(
