@@ -136,6 +136,8 @@ def _explain(config_name: str, overrides: list[Override]) -> str | None:
         key = override.key_or_group
         known = {*keys, *loader.list_groups("")}
         if key not in known and not override.is_add():
+            if key.startswith("model.") and "model._target_" not in known:
+                return f"{key}: the model is that of the checkpoint; write +{override.input_line}"
             return f"{key}: there is no such key; {_suggest(key, sorted(known))}"
     return None
 

@@ -58,6 +58,7 @@ def test_every_option_composes(compose_config: Callable[..., Any], group: str):
         ("logger=wandbb", "did you mean wandb"),
         ("foo", "write key=value"),
         ("trainer.steps=1,2 optimizer.lrr=3", "did you mean optimizer.lr"),
+        ("experiment=finetune model.criterion.alpha=0.5", r"write \+model.criterion.alpha=0.5"),
     ],
 )
 def test_a_misspelt_word_is_answered_with_the_nearest(word: str, answer: str):

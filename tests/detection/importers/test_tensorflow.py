@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from detection.importers.tensorflow import (
     read_variables,
 )
 from detection.models.ssd import ssd_mobilenet_v1
+from train_det import train
 
 LEAVES = {
     "conv.weight": "weights",
@@ -230,6 +233,46 @@ def test_classes_without_a_category_are_cut_off(
         logits = load_model(checkpoint).network.eval()(images).logits
         expected = network(images).logits[..., [0, 2, 4]]
     torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("num_experts", [1, 4])
+def test_an_imported_detector_is_finetuned(
+    tmp_path: Path, variables: dict, compose_config: Callable[..., Any], tiny_data: list[str],
+    num_experts: int,
+) -> None:  # fmt: skip
+    """On other classes, as it is or made conditional."""
+    np.savez(tmp_path / "ssd.npz", **variables)
+    (tmp_path / "names.txt").write_text("ring\nlamp\n")
+    output = tmp_path / "ssd.pt"
+    main([str(tmp_path / "ssd.npz"), "--output", str(output), "--input-size", "64",
+          "--categories", str(tmp_path / "names.txt")])  # fmt: skip
+    overrides = [
+        "experiment=finetune", f"model.weights={output}",
+        f"+model.backbone.num_experts={num_experts}",
+        "data=shapes", *tiny_data, "trainer.steps=2", "trainer.batch_size=4",
+        "trainer.num_workers=0", "evaluation.num_workers=0", f"run_dir={tmp_path / 'run'}",
+        "trainer.ema_decay=null", "optimizer.lr=0", "trainer.device=cpu", "logger=none",
+    ]  # fmt: skip
+    train(compose_config("train", overrides))
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "classes it keeps (1): ring" in log
+    assert "classes of it that the data lacks (1): lamp" in log
+
+    before = load_model(load_checkpoint(output)).network.eval()
+    trained = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
+    after = load_model(trained).network.eval()
+    assert ("backbone.blocks.12.router.linear.weight" in trained["model"]) == (num_experts > 1)
+    slot = 1 + [name for _, name in trained["categories"]].index("ring")
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        start, end = before(images), after(images)
+    # Steps of size 0 leave what was imported, but for the batch norm that follows the backbone.
+    places = slice(sum(start.level_sizes[:2]))
+    for own, expected in (
+        (end.deltas[:, places], start.deltas[:, places]),
+        (end.logits[:, places, slot], start.logits[:, places, 1]),
+    ):
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["absent.npz", "broken.npz", "absent.ckpt", "array.npz"])
