@@ -152,20 +152,20 @@ def _suppress(
     few = 3 * num_needed
     if few < left.shape[1]:
         # Only better boxes suppress: what is needed is often found among the few best.
-        best = left.clone()
-        best[:, few:] = False
-        survives = _survivors(best, boxes, scores, groups, visible, iou_threshold, num_needed)
+        survives[:, :few] = _survivors(
+            left[:, :few], boxes[:, :few], groups[:, :few], visible[:, :few],
+            iou_threshold, num_needed,
+        )  # fmt: skip
         is_short = left[:, few] & ((survives & visible).sum(1) < num_needed)
         if not is_short.any():
             return survives
         left &= is_short[:, None]
-    return survives | _survivors(left, boxes, scores, groups, visible, iou_threshold, num_needed)
+    return survives | _survivors(left, boxes, groups, visible, iou_threshold, num_needed)
 
 
 def _survivors(
     left: Tensor,
     boxes: Tensor,
-    scores: Tensor,
     groups: Tensor,
     visible: Tensor,
     iou_threshold: float,
@@ -173,17 +173,17 @@ def _survivors(
 ) -> Tensor:
     """`_suppress` of those that left (B, N) has, within groups (B, N)."""
     places = left.flatten().nonzero()[:, 0]
-    boxes, scores, groups, visible = (
-        field.flatten(0, 1)[places] for field in (boxes, scores, groups, visible)
-    )
+    boxes, groups = boxes.flatten(0, 1)[places], groups.flatten()[places]
     if boxes.is_cuda or len(boxes) <= MAX_PAIRED:
         # Each group is moved to a place of its own. In float64, as the distance would cost float32
         # its fractions of a pixel.
-        span = (boxes.amax() - boxes.amin() + 1).double() if len(boxes) else 1.0
-        kept = nms(boxes.double() + (groups * span)[:, None], scores.double(), iou_threshold)
+        span = boxes.abs().amax().double() * 2 + 1 if len(boxes) else 1.0
+        # Of a group, the first are the best.
+        ranks = torch.arange(len(boxes), 0, -1, dtype=torch.float64, device=boxes.device)
+        kept = nms(boxes.double() + (groups * span)[:, None], ranks, iou_threshold)
     else:
         # Boxes that cannot be seen survive, but do not count.
-        num_rounds = num_needed + int((~visible).sum())
+        num_rounds = num_needed + int((~visible.flatten()[places]).sum())
         kept = _suppress_in_rounds(boxes, groups, iou_threshold, num_rounds)
     survives = torch.zeros_like(left)
     survives.view(-1)[places[kept]] = True
