@@ -50,38 +50,55 @@ def condconv2d(
     Raises:
         ValueError: where the shapes do not fit together, or for an unknown padding or strategy.
     """
-    stride, dilation = pair(stride), pair(dilation)
     _check_shapes(x, weight, routing_weights, bias, groups)
     if strategy is not None and strategy not in get_args(Strategy):
         raise ValueError(f"strategy must be one of {get_args(Strategy)}, got {strategy!r}")
 
-    device_type = x.device.type
-    if is_autocast_on(device_type) and x.is_floating_point() and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
+    autocast = is_autocast_on(x)
+    if autocast and x.is_floating_point() and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     elif x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: convert one of them")
     if routing_weights.dtype != weight.dtype:
         routing_weights = routing_weights.to(weight.dtype)
+    options = bias, pair(stride), padding, pair(dilation), groups, strategy
+    if not autocast:
+        return _compute(x, weight, routing_weights, *options)
+    with disable_autocast(x):
+        return _compute(x, weight, routing_weights, *options)
+
+
+def _compute(
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: Padding,
+    dilation: tuple[int, int],
+    groups: int,
+    strategy: Strategy | None,
+) -> Tensor:
+    """`condconv2d` of checked arguments, in the tensors' own precision."""
     channels_last = is_channels_last(x)
-    with disable_autocast(device_type):
-        if weight.shape[0] == 1 and strategy is None:
-            # One expert: scaling the output is scaling the kernel.
-            x, geometry = place(x, weight, stride, padding, dilation, groups)
-            y = F.conv2d(x, weight[0].to(x.dtype), None, *geometry)
-            y = y * routing_weights.to(x.dtype)[:, :, None, None]
-        elif torch.compiler.is_exporting():
-            x, geometry = place(x, weight, stride, padding, dilation, groups)
-            y = torch.ops.condconv.exported(x, weight, routing_weights, None, *geometry)
-        elif torch.compiler.is_compiling():
-            same = padding == "same"
-            pads = (0, 0) if same else pad_input(x, (1, 1), stride, padding, dilation)[1]
-            y = operator(x, weight, routing_weights, stride, pads, dilation, groups, same, strategy)
-        else:
-            x, geometry = place(x, weight, stride, padding, dilation, groups)
-            strategy = strategy or choose_strategy(x, weight, geometry)
-            y = execute(x, weight, routing_weights, geometry, strategy)
-        if bias is not None:
-            y = y + (routing_weights @ bias.to(weight.dtype)).to(y.dtype)[:, :, None, None]
+    if weight.shape[0] == 1 and strategy is None:
+        # One expert: scaling the output is scaling the kernel.
+        x, geometry = place(x, weight, stride, padding, dilation, groups)
+        y = F.conv2d(x, weight[0].to(x.dtype), None, *geometry)
+        y = y * routing_weights.to(x.dtype)[:, :, None, None]
+    elif not torch.compiler.is_compiling():
+        x, geometry = place(x, weight, stride, padding, dilation, groups)
+        strategy = strategy or choose_strategy(x, weight, geometry)
+        y = execute(x, weight, routing_weights, geometry, strategy)
+    elif torch.compiler.is_exporting():
+        x, geometry = place(x, weight, stride, padding, dilation, groups)
+        y = torch.ops.condconv.exported(x, weight, routing_weights, None, *geometry)
+    else:
+        same = padding == "same"
+        pads = (0, 0) if same else pad_input(x, (1, 1), stride, padding, dilation)[1]
+        y = operator(x, weight, routing_weights, stride, pads, dilation, groups, same, strategy)
+    if bias is not None:
+        y = y + (routing_weights @ bias.to(weight.dtype)).to(y.dtype)[:, :, None, None]
     return lay_out(y, channels_last)
 
 
@@ -92,14 +109,15 @@ def _check_shapes(
         raise ValueError(f"x must be (B, C, H, W), got {tuple(x.shape)}")
     if weight.dim() != 5:
         raise ValueError(f"weight must be (E, O, C / groups, kh, kw), got {tuple(weight.shape)}")
-    num_experts, out_channels, channels = weight.shape[:3]
-    if x.shape[1] != channels * groups:
-        raise ValueError(f"x has {x.shape[1]} channels, the kernels take {channels * groups}")
+    batch, in_channels, _, _ = x.shape
+    num_experts, out_channels, channels, _, _ = weight.shape
+    if in_channels != channels * groups:
+        raise ValueError(f"x has {in_channels} channels, the kernels take {channels * groups}")
     if out_channels % groups:
         raise ValueError(f"{out_channels} output channels cannot be split into {groups} groups")
-    if routing_weights.shape != (x.shape[0], num_experts):
+    if routing_weights.shape != (batch, num_experts):
         raise ValueError(
-            f"routing_weights must be (B, E) = {(x.shape[0], num_experts)}, "
+            f"routing_weights must be (B, E) = {(batch, num_experts)}, "
             f"got {tuple(routing_weights.shape)}"
         )
     if bias is not None and bias.shape != (num_experts, out_channels):

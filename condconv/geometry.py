@@ -55,10 +55,10 @@ def pad_input(
     Raises:
         ValueError: where `padding` is an unknown word.
     """
-    if padding == "valid":
-        return x, (0, 0)
     if not isinstance(padding, str):
         return x, pair(padding)
+    if padding == "valid":
+        return x, (0, 0)
     if padding != "same":
         raise ValueError(f'padding must be an int, a pair, "same" or "valid", got {padding!r}')
     top, bottom = same_padding(x.shape[-2], kernel_size[0], stride[0], dilation[0])
@@ -70,8 +70,8 @@ def pad_input(
 
 def output_size(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int]:
     stride, padding, dilation, _ = geometry
-    *_, rows, columns = x.shape
-    *_, kernel_rows, kernel_columns = weight.shape
+    _, _, rows, columns = x.shape
+    _, _, _, kernel_rows, kernel_columns = weight.shape
     height = (rows + 2 * padding[0] - dilation[0] * (kernel_rows - 1) - 1) // stride[0] + 1
     width = (columns + 2 * padding[1] - dilation[1] * (kernel_columns - 1) - 1) // stride[1] + 1
     if height < 1 or width < 1:

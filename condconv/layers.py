@@ -67,7 +67,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, E) in (0, 1)."""
         dtype = torch.promote_types(self.linear.weight.dtype, torch.float32)
-        with disable_autocast(x.device.type):
+        with disable_autocast(x):
             pooled = x.mean(dim=(2, 3), dtype=dtype)
             logits = F.linear(pooled, self.linear.weight.to(dtype), self.linear.bias.to(dtype))
         return torch.sigmoid(logits)

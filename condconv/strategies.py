@@ -42,7 +42,7 @@ def lay_out(x: Tensor, channels_last: bool) -> Tensor:
     """x in that memory format; the same tensor where it is."""
     if channels_last:
         return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    return x.contiguous()
+    return x if x.is_contiguous() else x.contiguous()
 
 
 def choose_strategy(x: Tensor, weight: Tensor, geometry: Geometry) -> Strategy:
@@ -52,8 +52,8 @@ def choose_strategy(x: Tensor, weight: Tensor, geometry: Geometry) -> Strategy:
     if geometry.groups > 1:
         # Examples side by side are channels first: the input would be copied, and the output back.
         in_turn = (
-            x.device.type == "cpu"
-            and is_channels_last(x)
+            is_channels_last(x)
+            and x.is_cpu
             and x[0].numel() * x.element_size() >= MIN_LOOPED_BYTES
         )
         return "loop" if in_turn else "grouped"
@@ -61,7 +61,7 @@ def choose_strategy(x: Tensor, weight: Tensor, geometry: Geometry) -> Strategy:
     if weight.shape[3:] == (1, 1) or num_positions <= MAX_POSITIONS_PER_CHANNEL * weight.shape[1]:
         return "matmul"
     num_bytes = x.shape[0] * weight[0].numel() * weight.element_size()
-    if x.device.type == "cpu" and num_bytes > MAX_GROUPED_BYTES:
+    if x.is_cpu and num_bytes > MAX_GROUPED_BYTES:
         return "loop"
     return "grouped"
 
@@ -110,11 +110,11 @@ def execute(
     x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry, strategy: Strategy
 ) -> Tensor:
     inputs = (x, weight, routing_weights)
-    if _need_gradients(*inputs) and not _keeps_kernels(x, weight, strategy):
-        y = _Mixed.apply(*inputs, geometry, strategy)
-        assert isinstance(y, Tensor)
-        return y
-    return run_forward(*inputs, geometry, strategy)
+    if _keeps_kernels(x, weight, strategy) or not _need_gradients(*inputs):
+        return run_forward(*inputs, geometry, strategy)
+    y = _Mixed.apply(*inputs, geometry, strategy)
+    assert isinstance(y, Tensor)
+    return y
 
 
 def run_forward(
@@ -175,7 +175,7 @@ class _Mixed(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, routing_weights = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        with disable_autocast(x.device.type):
+        with disable_autocast(x):
             grads = run_backward(
                 grad_outputs[0], x, weight, routing_weights, *ctx.options, needs=needs
             )
@@ -293,7 +293,7 @@ def gather_patches(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     stride, padding, dilation, _ = geometry
     kernel_size = (weight.shape[3], weight.shape[4])
     if kernel_size == (1, 1) and padding == (0, 0):
-        return x[:, :, :: stride[0], :: stride[1]].flatten(2)
+        return (x if stride == (1, 1) else x[:, :, :: stride[0], :: stride[1]]).flatten(2)
     return F.unfold(x, kernel_size, dilation, padding, stride)
 
 
@@ -352,7 +352,7 @@ def _works_in_parts(*tensors: Tensor, groups: int) -> bool:
     return (
         groups == 1
         and tensors[0].shape[0] > 0
-        and tensors[0].device.type == "cpu"
+        and tensors[0].is_cpu
         and not _need_gradients(*tensors)
         and not torch._C._are_functorch_transforms_active()
     )
