@@ -3,8 +3,9 @@
     python benchmarks/bench_condconv.py [--quick] [--threads 2] [--channels-last] [--strategies] \\
         [--keep-memory] [--output FILE]
 
-All sides of a row run in turn, round after round, so that a busy moment hits them alike; times
-are medians over the rounds. A ratio above 1 means that CondConv2d is faster. The memory of a row
+All sides of a row run in each round, so that a busy moment hits them alike, in a new order each
+time, as a side pays for what the one before it did to the caches and to freed memory; times are
+medians over the rounds. A ratio above 1 means that CondConv2d is faster. The memory of a row
 is what a forward and backward pass adds at its peak. `--strategies` also times every execution
 strategy: the table that `condconv.strategies.choose_strategy` rests on. `--keep-memory` has freed
 memory kept for both sides, as train_det.py does; else the C library decides.
@@ -16,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -72,17 +74,22 @@ QUICK_ROWS = (ROWS[1], ROWS[2], ROWS[5], ROWS[8], ROWS[9])
 def measure(
     sides: dict[str, Callable[[], object]], *, seconds: float, device: str
 ) -> dict[str, float]:
-    """Median milliseconds of each side, run in turn for `seconds` and at least 5 rounds."""
+    """Median milliseconds of each side, run in turn for `seconds` and at least 5 rounds.
+
+    The order is drawn anew for each round.
+    """
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     for run in sides.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in sides}
+    order, generator = list(sides), random.Random(0)
     begin = time.perf_counter()
-    while time.perf_counter() - begin < seconds or len(next(iter(times.values()))) < 5:
-        for name, run in sides.items():
+    while time.perf_counter() - begin < seconds or len(times[order[0]]) < 5:
+        generator.shuffle(order)
+        for name in order:
             synchronize()
             start = time.perf_counter()
-            run()
+            sides[name]()
             synchronize()
             times[name].append((time.perf_counter() - start) * 1000)
     return {name: statistics.median(values) for name, values in times.items()}
@@ -169,6 +176,8 @@ def bench_row(row: Row, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     sides = build_sides(row, batch, args.device, memory_format)
     if not args.strategies:
         sides = {name: run for name, run in sides.items() if name not in get_args(Strategy)}
+    if batch > 1:  # only the summary of single images asks for it
+        del sides["mixing"]
     forward = measure(
         {name: without_gradients(run) for name, run in sides.items()},
         seconds=args.seconds,

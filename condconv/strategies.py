@@ -52,9 +52,7 @@ def choose_strategy(x: Tensor, weight: Tensor, geometry: Geometry) -> Strategy:
     if geometry.groups > 1:
         # Examples side by side are channels first: the input would be copied, and the output back.
         in_turn = (
-            is_channels_last(x)
-            and x.is_cpu
-            and x[0].numel() * x.element_size() >= MIN_LOOPED_BYTES
+            is_channels_last(x) and x.is_cpu and x[0].numel() * x.element_size() >= MIN_LOOPED_BYTES
         )
         return "loop" if in_turn else "grouped"
     num_positions = math.prod(output_size(x, weight, geometry))
