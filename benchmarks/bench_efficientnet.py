@@ -3,10 +3,10 @@
     python benchmarks/bench_efficientnet.py [--quick] [--threads 2] [--device cuda] [--output FILE]
 
 Both have the same weights; that they compute the same, to 1e-4 of the largest output, is checked
-first. The sides run in turn, round after round; times are medians over the rounds. A ratio above 1
-means that ours is faster. timm's network runs as it comes and laid out channels last, as ours is by
-`accelerate_timm`. The static EfficientNet-B0, channels last, runs beside them: the physical
-reference.
+first. All sides run in each round, in a new order each time; times are medians over the rounds. A
+ratio above 1 means that ours is faster. timm's network runs as it comes and laid out channels last,
+as ours is by `accelerate_timm`. The static EfficientNet-B0, channels last, runs beside them: the
+physical reference.
 """
 
 from __future__ import annotations
