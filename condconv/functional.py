@@ -99,7 +99,8 @@ def _compute(
         y = operator(x, weight, routing_weights, stride, pads, dilation, groups, same, strategy)
     if bias is not None:
         y = y + (routing_weights @ bias.to(weight.dtype)).to(y.dtype)[:, :, None, None]
-    return lay_out(y, channels_last)
+    # A layout is not part of an exported graph, in which batch norm follows and is folded.
+    return y if torch.compiler.is_exporting() else lay_out(y, channels_last)
 
 
 def _check_shapes(

@@ -101,7 +101,7 @@ def export(config: DictConfig) -> Path:
                 path,
                 experts=content["quantize_experts"],
             )
-        print(f"{count} static convolutions in INT8, calibrated on {len(batches)} images")
+        print(f"{count} convolutions in INT8, calibrated on {len(batches)} images")
         measured["quantized"] = data.measure_file(path)
     else:
         write = {"onnx": export_onnx, "openvino": export_openvino, "torch_export": export_torch}

@@ -1,0 +1,283 @@
+"""CondConv layers of an exported graph in integers.
+
+With routing weights a_e = b_e / 127 and experts W_e = s Q_e, b and Q integers and s a number for
+each output channel, the mixed kernel has the codes (b_1 Q_1 + ... + b_E Q_E) / (127 t), rounded,
+and the scale s t. t is one number, such that no kernel seen is clipped.
+
+A layer of one group is a product of its map's rows (P, kh kw C) and the mixed kernel (kh kw C, O):
+in a convolution, ONNX Runtime would turn over a kernel that comes at run time, code by code. Both
+have codes of 0 to 127: without VNNI, pairs of products are added in 16 bits, and 2 x 127 x 127
+fits into those, whatever the image. A layer of groups is a convolution of 8 bits, which is added
+in 32. Maps go from layer to layer as codes, the channels last.
+
+Shapes: B images, E experts, C input channels, O output channels, H, W a map, P positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from detection.export.conditional import Layer, Ranges, find_layers
+from detection.export.integer_kernels import find_positions, quantize_experts, raise_dead
+
+FLOAT, INT8 = 1, 3  # ONNX's numbers of the types
+
+
+class Codes(NamedTuple):
+    """Integers in a graph, the code of zero, and the scale, a number or (O,)."""
+
+    value: Any
+    scale: Any
+    zero: Any
+
+
+def quantize_layers(model: Any, ranges: Mapping[str, Ranges]) -> int:
+    """Have CondConv layers mix and convolve in integers, in place; gives how many.
+
+    Args:
+        model: of `onnx_ir`, float or with static convolutions quantised.
+        ranges: of `calibrate`.
+    """
+    from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
+
+    layers = find_layers(model.graph)
+    routings: dict[Any, list[np.ndarray]] = {}
+    for layer in layers:  # calls may share experts
+        routings.setdefault(layer.experts, []).append(ranges[layer.name].routing_weights)
+    writer = _Writer(model.graph, {layer.x for layer in layers if layer.groups == 1})
+    for layer in layers:
+        writer.write(layer, ranges[layer.name], np.concatenate(routings[layer.experts]))
+    RemoveUnusedNodesPass()(model)
+    NameFixPass()(model)  # a body may not have a name of the graph
+    return len(layers)
+
+
+class _Writer:
+    """Writes layers into a graph; knows which of its maps there are as codes.
+
+    Args:
+        narrow: the maps that need codes of 7 bits.
+    """
+
+    def __init__(self, graph: Any, narrow: set[Any]) -> None:
+        from onnx_ir.tape import Tape
+
+        self.graph = graph
+        self.narrow = narrow
+        self.maps: dict[Any, Codes] = {}  # rows (B, H W, C), for float maps (B, C, H, W)
+        self.new_tape = Tape
+
+    def constant(self, name: str, array: Any) -> Any:
+        import onnx_ir as ir
+
+        if name not in self.graph.initializers:
+            value = ir.Value(name=name, const_value=ir.tensor(np.asarray(array)))
+            self.graph.register_initializer(value)
+        return self.graph.initializers[name]
+
+    def shape(self, *sizes: int) -> Any:
+        return self.constant("_".join(["shape", *map(str, sizes)]), np.array(sizes))
+
+    def write(self, layer: Layer, ranges: Ranges, routing_weights: np.ndarray) -> None:
+        """Put integers in a layer's place; `routing_weights` (N, E) are of all calls."""
+        tape = self.new_tape()
+        x = self.maps.get(layer.x) or self.encode(layer, ranges.x)
+        kernels = self.mix(tape, layer, routing_weights)
+        places, size = find_positions(layer)
+        unit = x.scale.const_value.numpy() * kernels.scale.const_value.numpy()
+        bias = self.constant(
+            f"{layer.name}_bias", np.rint(layer.affine()[1] / unit).astype(np.int32)
+        )
+        y = self.codes(layer.y, ranges.y)
+        if layer.groups == 1:
+            unit = self.constant(f"{layer.name}_bias_scale", unit)
+            rows = self.product(tape, layer, places, x, kernels, (bias, unit), y)
+        else:
+            rows = self.convolution(tape, layer, size, x, kernels, bias, y)
+        y = self.serve(tape, layer.y, y._replace(value=rows), size, layer.kernel_shape[0])
+        self.graph.insert_before(layer.scan, tape.nodes)
+        self.maps[layer.y] = y
+
+    def codes(self, value: Any, ends: tuple[float, float]) -> Codes:
+        """Scale and zero of a float map's codes: the static quantiser's, or 7 bits."""
+        if value not in self.narrow:
+            for node, _ in value.uses():
+                if node.op_type == "QuantizeLinear":
+                    return Codes(None, *node.inputs[1:])
+        low, high = min(ends[0], 0.0), max(ends[1], 0.0)
+        scale = np.float32((high - low) / (127 if value in self.narrow else 255) or 1)
+        return Codes(
+            None,
+            self.constant(f"{value.name}_step", scale),
+            self.constant(f"{value.name}_offset", np.uint8(np.rint(-low / scale))),
+        )
+
+    def encode(self, layer: Layer, ends: tuple[float, float]) -> Codes:
+        """A layer's float map as codes."""
+        tape = self.new_tape()
+        value, (height, width) = layer.x, layer.size
+        channels = layer.kernel_shape[1] * layer.groups
+        x = self.codes(value, ends)
+        codes = tape.op("QuantizeLinear", [value, x.scale, x.zero])
+        codes = tape.op("Transpose", [codes], {"perm": [0, 2, 3, 1]})
+        rows = tape.op("Reshape", [codes, self.shape(-1, height * width, channels)])
+        self.maps[value] = x = x._replace(value=self.limit(tape, value, rows))
+        self.pool(tape, value, x, height * width)
+        if producer := value.producer():
+            self.graph.insert_after(producer, tape.nodes)
+        else:
+            self.graph.insert_before(self.graph[0], tape.nodes)
+        return x
+
+    def limit(self, tape: Any, value: Any, codes: Any) -> Any:
+        if value not in self.narrow:
+            return codes
+        return tape.op("Clip", [codes, None, self.constant("max_code", np.uint8(127))])
+
+    def serve(self, tape: Any, value: Any, y: Codes, size: tuple[int, int], channels: int) -> Codes:
+        """Put codes in a float map's place; what stays in float gets them back as numbers."""
+        y = y._replace(value=self.limit(tape, value, y.value))
+        self.pool(tape, value, y, size[0] * size[1])
+        maps = tape.op("Reshape", [y.value, self.shape(-1, *size, channels)])
+        maps = tape.op("Transpose", [maps], {"perm": [0, 3, 1, 2]})
+        for node, _ in list(value.uses()):
+            if node.op_type == "QuantizeLinear" and node.inputs[1] is y.scale:
+                node.outputs[0].replace_all_uses_with(maps)
+        floats = tape.op("DequantizeLinear", [maps, y.scale, y.zero])
+        floats.shape, floats.dtype = value.shape, value.dtype
+        value.replace_all_uses_with(floats, replace_graph_outputs=True)
+        return y
+
+    def pool(self, tape: Any, value: Any, codes: Codes, number: int) -> None:
+        """Routers' means of a float map over its positions: products of codes with ones."""
+        users = [node for node, _ in value.uses()]
+        for node in [node for node in users if node.op_type == "QuantizeLinear"]:
+            for decode, _ in node.outputs[0].uses():
+                users += [user for user, _ in decode.outputs[0].uses()]
+        for node in users:
+            if node.op_type != "ReduceMean" or node.attributes["keepdims"].as_int():
+                continue
+            axes = node.inputs[1].const_value.numpy() % 4
+            if sorted(axes.tolist()) != [2, 3]:
+                continue
+            ones = self.constant(f"ones_{number}", np.ones((1, number), np.uint8))
+            none = self.constant("zero", np.uint8(0))
+            sums = tape.op("MatMulInteger", [ones, codes.value, none, codes.zero])
+            scale = self.constant(f"{value.name}_mean", codes.scale.const_value.numpy() / number)
+            sums = tape.op("Squeeze", [sums, self.constant("second_axis", np.array([1]))])
+            mean = tape.op("Mul", [tape.op("Cast", [sums], {"to": FLOAT}), scale])
+            node.outputs[0].replace_all_uses_with(mean)
+
+    def mix(self, tape: Any, layer: Layer, routing_weights: np.ndarray) -> Codes:
+        """Kernels of all images as uint8, scaled as batch norm wants them."""
+        name, product = layer.experts.name, layer.groups == 1
+        weight = layer.experts.const_value.numpy().reshape(-1, *layer.kernel_shape)
+        zero = 64 if product else 128
+        codes, scale, step = quantize_experts(weight, routing_weights, zero - 1)
+        shape = layer.kernel_shape
+        if product:
+            codes = codes.transpose(0, 3, 4, 2, 1)
+            shape = (weight[0, 0].size, len(scale))
+        one, none = self.constant("one", np.float32(1)), self.constant("zero", np.uint8(0))
+        routing_step = self.constant("routing_step", np.float32(1 / 127))
+        kernels = tape.op(
+            "QLinearMatMul",
+            [
+                tape.op("QuantizeLinear", [layer.routing_weights, routing_step, none]),
+                routing_step, none,
+                self.constant(f"{name}_int8", codes.reshape(len(codes), -1)),
+                one, self.constant("no_offset", np.int8(0)),
+                self.constant(f"{name}_step", np.float32(step)),
+                self.constant(f"offset_{zero}", np.uint8(zero)),
+            ],
+        )  # fmt: skip
+        factor = layer.affine()[0]
+        factor = np.where(factor < 0, -1, 1) * raise_dead(np.abs(factor))
+        zeros = np.full(len(scale), zero, np.int8 if product else np.uint8)
+        return Codes(
+            tape.op("Reshape", [kernels, self.shape(-1, *shape)]),
+            self.constant(f"{layer.name}_scale", (scale * step * factor).astype(np.float32)),
+            self.constant(f"offsets_{zero}_{len(scale)}", zeros),
+        )
+
+    def product(
+        self,
+        tape: Any,
+        layer: Layer,
+        places: np.ndarray,
+        x: Codes,
+        kernels: Codes,
+        bias: tuple[Any, Any],
+        y: Codes,
+    ) -> Any:
+        """Rows (B, H W, C) times kernels (B, kh kw C, O)."""
+        body = self.new_tape()
+        out, channels, *size = layer.kernel_shape
+        number = layer.size[0] * layer.size[1]
+        rows = image = self.part(f"{layer.name}_image", (number, channels))
+        kernel = self.part(f"{layer.name}_kernel", (size[0] * size[1] * channels, out))
+        if not np.array_equal(places, np.arange(number)):
+            if places.max() == number:
+                a_row = self.constant("a_row", np.array([0, 0, 1, 0]))
+                rows = body.op("Pad", [rows, a_row, x.zero])
+            rows = body.op("Gather", [rows, self.constant(f"{layer.name}_places", places)])
+            rows = body.op("Reshape", [rows, self.shape(-1, size[0] * size[1] * channels)])
+        codes = body.op("Clip", [kernel, None, self.constant("max_code", np.uint8(127))])
+        codes = body.op("Cast", [codes], {"to": INT8})  # which products are faster with
+        floats = [
+            body.op("DequantizeLinear", [rows, x.scale, x.zero]),
+            body.op("DequantizeLinear", [codes, kernels.scale, kernels.zero], {"axis": 1}),
+            body.op("DequantizeLinear", bias, {"axis": 0}),
+        ]
+        result = body.op("QuantizeLinear", [body.op("Gemm", floats), y.scale, y.zero])
+        return self.scan(tape, body, [x.value, kernels.value], [image, kernel], result)
+
+    def convolution(
+        self,
+        tape: Any,
+        layer: Layer,
+        size: tuple[int, int],
+        x: Codes,
+        kernels: Codes,
+        bias: Any,
+        y: Codes,
+    ) -> Any:
+        """Rows (B, H W, C) convolved with kernels (B, O, C / groups, kh, kw)."""
+        body = self.new_tape()
+        (height, width), channels = layer.size, layer.kernel_shape[1] * layer.groups
+        image = self.part(f"{layer.name}_image", (height * width, channels))
+        kernel = self.part(f"{layer.name}_kernel", layer.kernel_shape)
+        maps = body.op("Reshape", [image, self.shape(1, height, width, channels)])
+        maps = body.op("Transpose", [maps], {"perm": [0, 3, 1, 2]})
+        maps = body.op(
+            "QLinearConv",
+            [maps, x.scale, x.zero, kernel, kernels.scale, kernels.zero, y.scale, y.zero, bias],
+            {
+                "strides": layer.per_axis("strides"),
+                "dilations": layer.per_axis("dilations"),
+                "pads": layer.pads,
+                "group": layer.groups,
+            },
+        )
+        maps = body.op("Transpose", [maps], {"perm": [0, 2, 3, 1]})
+        rows = body.op("Reshape", [maps, self.shape(size[0] * size[1], layer.kernel_shape[0])])
+        return self.scan(tape, body, [x.value, kernels.value], [image, kernel], rows)
+
+    def part(self, name: str, shape: Sequence[int]) -> Any:
+        """What a body takes: one image's."""
+        import onnx_ir as ir
+
+        return ir.Value(name=name, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape(shape))
+
+    def scan(
+        self, tape: Any, body: Any, inputs: Sequence[Any], parts: Sequence[Any], output: Any
+    ) -> Any:
+        """What the nodes on the tape `body` make of each image."""
+        import onnx_ir as ir
+
+        output.type, output.shape = ir.TensorType(ir.DataType.UINT8), ir.Shape([None, None])
+        graph = ir.Graph(parts, [output], nodes=body.nodes, name="convolve")
+        return tape.op("Scan", inputs, {"body": graph, "num_scan_inputs": len(inputs)})
