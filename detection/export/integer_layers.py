@@ -15,23 +15,16 @@ Shapes: B images, E experts, C input channels, O output channels, H, W a map, P 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from detection.export.conditional import Layer, Ranges, find_layers
+from detection.export.integer_bodies import Codes, Constants, convolve, multiply
 from detection.export.integer_kernels import find_positions, quantize_experts, raise_dead
 
-FLOAT, INT8 = 1, 3  # ONNX's numbers of the types
-
-
-class Codes(NamedTuple):
-    """Integers in a graph, the code of zero, and the scale, a number or (O,)."""
-
-    value: Any
-    scale: Any
-    zero: Any
+FLOAT = 1  # ONNX's number of the type
 
 
 def quantize_layers(model: Any, ranges: Mapping[str, Ranges]) -> int:
@@ -66,37 +59,27 @@ class _Writer:
         from onnx_ir.tape import Tape
 
         self.graph = graph
+        self.constant = Constants(graph)
         self.narrow = narrow
         self.maps: dict[Any, Codes] = {}  # rows (B, H W, C), for float maps (B, C, H, W)
         self.new_tape = Tape
-
-    def constant(self, name: str, array: Any) -> Any:
-        import onnx_ir as ir
-
-        if name not in self.graph.initializers:
-            value = ir.Value(name=name, const_value=ir.tensor(np.asarray(array)))
-            self.graph.register_initializer(value)
-        return self.graph.initializers[name]
-
-    def shape(self, *sizes: int) -> Any:
-        return self.constant("_".join(["shape", *map(str, sizes)]), np.array(sizes))
 
     def write(self, layer: Layer, ranges: Ranges, routing_weights: np.ndarray) -> None:
         """Put integers in a layer's place; `routing_weights` (N, E) are of all calls."""
         tape = self.new_tape()
         x = self.maps.get(layer.x) or self.encode(layer, ranges.x)
         kernels = self.mix(tape, layer, routing_weights)
-        places, size = find_positions(layer)
         unit = x.scale.const_value.numpy() * kernels.scale.const_value.numpy()
-        bias = self.constant(
-            f"{layer.name}_bias", np.rint(layer.affine()[1] / unit).astype(np.int32)
+        bias = Codes(
+            self.constant(f"{layer.name}_bias", np.rint(layer.affine()[1] / unit).astype(np.int32)),
+            self.constant(f"{layer.name}_bias_scale", unit),
+            None,
         )
         y = self.codes(layer.y, ranges.y)
-        if layer.groups == 1:
-            unit = self.constant(f"{layer.name}_bias_scale", unit)
-            rows = self.product(tape, layer, places, x, kernels, (bias, unit), y)
-        else:
-            rows = self.convolution(tape, layer, size, x, kernels, bias, y)
+        write_body = multiply if layer.groups == 1 else convolve
+        body = write_body(self.constant, layer, x, kernels, bias, y)
+        rows = tape.op("Scan", [x.value, kernels.value], {"body": body, "num_scan_inputs": 2})
+        _, size = find_positions(layer)
         y = self.serve(tape, layer.y, y._replace(value=rows), size, layer.kernel_shape[0])
         self.graph.insert_before(layer.scan, tape.nodes)
         self.maps[layer.y] = y
@@ -123,7 +106,7 @@ class _Writer:
         x = self.codes(value, ends)
         codes = tape.op("QuantizeLinear", [value, x.scale, x.zero])
         codes = tape.op("Transpose", [codes], {"perm": [0, 2, 3, 1]})
-        rows = tape.op("Reshape", [codes, self.shape(-1, height * width, channels)])
+        rows = tape.op("Reshape", [codes, self.constant.shape(-1, height * width, channels)])
         self.maps[value] = x = x._replace(value=self.limit(tape, value, rows))
         self.pool(tape, value, x, height * width)
         if producer := value.producer():
@@ -141,7 +124,7 @@ class _Writer:
         """Put codes in a float map's place; what stays in float gets them back as numbers."""
         y = y._replace(value=self.limit(tape, value, y.value))
         self.pool(tape, value, y, size[0] * size[1])
-        maps = tape.op("Reshape", [y.value, self.shape(-1, *size, channels)])
+        maps = tape.op("Reshape", [y.value, self.constant.shape(-1, *size, channels)])
         maps = tape.op("Transpose", [maps], {"perm": [0, 3, 1, 2]})
         for node, _ in list(value.uses()):
             if node.op_type == "QuantizeLinear" and node.inputs[1] is y.scale:
@@ -194,90 +177,11 @@ class _Writer:
                 self.constant(f"offset_{zero}", np.uint8(zero)),
             ],
         )  # fmt: skip
-        factor = layer.affine()[0]
-        factor = np.where(factor < 0, -1, 1) * raise_dead(np.abs(factor))
+        scale = scale * step * layer.affine()[0]
+        scale = np.where(scale < 0, -1, 1) * raise_dead(np.abs(scale))
         zeros = np.full(len(scale), zero, np.int8 if product else np.uint8)
         return Codes(
-            tape.op("Reshape", [kernels, self.shape(-1, *shape)]),
-            self.constant(f"{layer.name}_scale", (scale * step * factor).astype(np.float32)),
+            tape.op("Reshape", [kernels, self.constant.shape(-1, *shape)]),
+            self.constant(f"{layer.name}_scale", scale.astype(np.float32)),
             self.constant(f"offsets_{zero}_{len(scale)}", zeros),
         )
-
-    def product(
-        self,
-        tape: Any,
-        layer: Layer,
-        places: np.ndarray,
-        x: Codes,
-        kernels: Codes,
-        bias: tuple[Any, Any],
-        y: Codes,
-    ) -> Any:
-        """Rows (B, H W, C) times kernels (B, kh kw C, O)."""
-        body = self.new_tape()
-        out, channels, *size = layer.kernel_shape
-        number = layer.size[0] * layer.size[1]
-        rows = image = self.part(f"{layer.name}_image", (number, channels))
-        kernel = self.part(f"{layer.name}_kernel", (size[0] * size[1] * channels, out))
-        if not np.array_equal(places, np.arange(number)):
-            if places.max() == number:
-                a_row = self.constant("a_row", np.array([0, 0, 1, 0]))
-                rows = body.op("Pad", [rows, a_row, x.zero])
-            rows = body.op("Gather", [rows, self.constant(f"{layer.name}_places", places)])
-            rows = body.op("Reshape", [rows, self.shape(-1, size[0] * size[1] * channels)])
-        codes = body.op("Clip", [kernel, None, self.constant("max_code", np.uint8(127))])
-        codes = body.op("Cast", [codes], {"to": INT8})  # which products are faster with
-        floats = [
-            body.op("DequantizeLinear", [rows, x.scale, x.zero]),
-            body.op("DequantizeLinear", [codes, kernels.scale, kernels.zero], {"axis": 1}),
-            body.op("DequantizeLinear", bias, {"axis": 0}),
-        ]
-        result = body.op("QuantizeLinear", [body.op("Gemm", floats), y.scale, y.zero])
-        return self.scan(tape, body, [x.value, kernels.value], [image, kernel], result)
-
-    def convolution(
-        self,
-        tape: Any,
-        layer: Layer,
-        size: tuple[int, int],
-        x: Codes,
-        kernels: Codes,
-        bias: Any,
-        y: Codes,
-    ) -> Any:
-        """Rows (B, H W, C) convolved with kernels (B, O, C / groups, kh, kw)."""
-        body = self.new_tape()
-        (height, width), channels = layer.size, layer.kernel_shape[1] * layer.groups
-        image = self.part(f"{layer.name}_image", (height * width, channels))
-        kernel = self.part(f"{layer.name}_kernel", layer.kernel_shape)
-        maps = body.op("Reshape", [image, self.shape(1, height, width, channels)])
-        maps = body.op("Transpose", [maps], {"perm": [0, 3, 1, 2]})
-        maps = body.op(
-            "QLinearConv",
-            [maps, x.scale, x.zero, kernel, kernels.scale, kernels.zero, y.scale, y.zero, bias],
-            {
-                "strides": layer.per_axis("strides"),
-                "dilations": layer.per_axis("dilations"),
-                "pads": layer.pads,
-                "group": layer.groups,
-            },
-        )
-        maps = body.op("Transpose", [maps], {"perm": [0, 2, 3, 1]})
-        rows = body.op("Reshape", [maps, self.shape(size[0] * size[1], layer.kernel_shape[0])])
-        return self.scan(tape, body, [x.value, kernels.value], [image, kernel], rows)
-
-    def part(self, name: str, shape: Sequence[int]) -> Any:
-        """What a body takes: one image's."""
-        import onnx_ir as ir
-
-        return ir.Value(name=name, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape(shape))
-
-    def scan(
-        self, tape: Any, body: Any, inputs: Sequence[Any], parts: Sequence[Any], output: Any
-    ) -> Any:
-        """What the nodes on the tape `body` make of each image."""
-        import onnx_ir as ir
-
-        output.type, output.shape = ir.TensorType(ir.DataType.UINT8), ir.Shape([None, None])
-        graph = ir.Graph(parts, [output], nodes=body.nodes, name="convolve")
-        return tape.op("Scan", inputs, {"body": graph, "num_scan_inputs": len(inputs)})
