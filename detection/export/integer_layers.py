@@ -43,6 +43,8 @@ def quantize_layers(model: Any, ranges: Mapping[str, Ranges]) -> int:
     writer = _Writer(model.graph, {layer.x for layer in layers if layer.groups == 1})
     for layer in layers:
         writer.write(layer, ranges[layer.name], np.concatenate(routings[layer.experts]))
+    for layer in layers:  # a body that is gone would still count as a user of its bias
+        layer.convolution.resize_inputs(2)
     RemoveUnusedNodesPass()(model)
     NameFixPass()(model)  # a body may not have a name of the graph
     return len(layers)
