@@ -84,10 +84,14 @@ def convolve(
     maps = body.op("Reshape", [image, constant.shape(1, *layer.size, channels)])
     # ONNX Runtime has the channels last in a QLinearConv, and cancels these with its own.
     maps = body.op("Transpose", [maps], {"perm": [0, 3, 1, 2]})
-    inputs = [maps, x.scale, x.zero, kernel, kernels.scale, kernels.zero, y.scale, y.zero]
+    floats = [
+        body.op("DequantizeLinear", [maps, x.scale, x.zero]),
+        body.op("DequantizeLinear", [kernel, kernels.scale, kernels.zero], {"axis": 0}),
+        body.op("DequantizeLinear", [bias.value, bias.scale], {"axis": 0}),
+    ]
     maps = body.op(
-        "QLinearConv",
-        [*inputs, bias.value],
+        "Conv",
+        floats,
         {
             "strides": layer.per_axis("strides"),
             "dilations": layer.per_axis("dilations"),
@@ -95,6 +99,7 @@ def convolve(
             "group": layer.groups,
         },
     )
+    maps = body.op("QuantizeLinear", [maps, y.scale, y.zero])
     maps = body.op("Transpose", [maps], {"perm": [0, 2, 3, 1]})
     rows = body.op("Reshape", [maps, constant.shape(-1, layer.kernel_shape[0])])
     return _graph(body, [image, kernel], rows)
