@@ -54,51 +54,33 @@ def condconv2d(
     if strategy is not None and strategy not in get_args(Strategy):
         raise ValueError(f"strategy must be one of {get_args(Strategy)}, got {strategy!r}")
 
-    autocast = is_autocast_on(x)
-    if autocast and x.is_floating_point() and x.dtype != torch.float64:
+    if is_autocast_on(x) and x.is_floating_point() and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     elif x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: convert one of them")
     if routing_weights.dtype != weight.dtype:
         routing_weights = routing_weights.to(weight.dtype)
-    options = bias, pair(stride), padding, pair(dilation), groups, strategy
-    if not autocast:
-        return _compute(x, weight, routing_weights, *options)
-    with disable_autocast(x):
-        return _compute(x, weight, routing_weights, *options)
-
-
-def _compute(
-    x: Tensor,
-    weight: Tensor,
-    routing_weights: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: Padding,
-    dilation: tuple[int, int],
-    groups: int,
-    strategy: Strategy | None,
-) -> Tensor:
-    """`condconv2d` of checked arguments, in the tensors' own precision."""
+    stride, dilation = pair(stride), pair(dilation)
     channels_last = is_channels_last(x)
-    if weight.shape[0] == 1 and strategy is None:
-        # One expert: scaling the output is scaling the kernel.
-        x, geometry = place(x, weight, stride, padding, dilation, groups)
-        y = F.conv2d(x, weight[0].to(x.dtype), None, *geometry)
-        y = y * routing_weights.to(x.dtype)[:, :, None, None]
-    elif not torch.compiler.is_compiling():
-        x, geometry = place(x, weight, stride, padding, dilation, groups)
-        strategy = strategy or choose_strategy(x, weight, geometry)
-        y = execute(x, weight, routing_weights, geometry, strategy)
-    elif torch.compiler.is_exporting():
-        x, geometry = place(x, weight, stride, padding, dilation, groups)
-        y = torch.ops.condconv.exported(x, weight, routing_weights, None, *geometry)
-    else:
-        same = padding == "same"
-        pads = (0, 0) if same else pad_input(x, (1, 1), stride, padding, dilation)[1]
-        y = operator(x, weight, routing_weights, stride, pads, dilation, groups, same, strategy)
-    if bias is not None:
-        y = y + (routing_weights @ bias.to(weight.dtype)).to(y.dtype)[:, :, None, None]
+    with disable_autocast(x):
+        if weight.shape[0] == 1 and strategy is None:
+            # One expert: scaling the output is scaling the kernel.
+            x, geometry = place(x, weight, stride, padding, dilation, groups)
+            y = F.conv2d(x, weight[0].to(x.dtype), None, *geometry)
+            y = y * routing_weights.to(x.dtype)[:, :, None, None]
+        elif not torch.compiler.is_compiling():
+            x, geometry = place(x, weight, stride, padding, dilation, groups)
+            strategy = strategy or choose_strategy(x, weight, geometry)
+            y = execute(x, weight, routing_weights, geometry, strategy)
+        elif torch.compiler.is_exporting():
+            x, geometry = place(x, weight, stride, padding, dilation, groups)
+            y = torch.ops.condconv.exported(x, weight, routing_weights, None, *geometry)
+        else:
+            same = padding == "same"
+            pads = (0, 0) if same else pad_input(x, (1, 1), stride, padding, dilation)[1]
+            y = operator(x, weight, routing_weights, stride, pads, dilation, groups, same, strategy)
+        if bias is not None:
+            y = y + (routing_weights @ bias.to(weight.dtype)).to(y.dtype)[:, :, None, None]
     # A layout is not part of an exported graph, in which batch norm follows and is folded.
     return y if torch.compiler.is_exporting() else lay_out(y, channels_last)
 

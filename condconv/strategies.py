@@ -42,7 +42,7 @@ def lay_out(x: Tensor, channels_last: bool) -> Tensor:
     """x in that memory format; the same tensor where it is."""
     if channels_last:
         return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    return x if x.is_contiguous() else x.contiguous()
+    return x.contiguous()
 
 
 def choose_strategy(x: Tensor, weight: Tensor, geometry: Geometry) -> Strategy:

@@ -5,7 +5,7 @@ Shapes: C input channels, O output channels, H, W a map, P positions of the outp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,12 +62,8 @@ def multiply(
         rows = body.op("Reshape", [rows, constant.shape(-1, depth)])
     codes = body.op("Clip", [kernel, None, constant("max_code", np.uint8(127))])
     codes = body.op("Cast", [codes], {"to": INT8})  # with which products take less time
-    floats = [
-        body.op("DequantizeLinear", [rows, x.scale, x.zero]),
-        body.op("DequantizeLinear", [codes, kernels.scale, kernels.zero], {"axis": 1}),
-        body.op("DequantizeLinear", [bias.value, bias.scale], {"axis": 0}),
-    ]
-    rows = body.op("QuantizeLinear", [body.op("Gemm", floats), y.scale, y.zero])
+    inputs = x._replace(value=rows), kernels._replace(value=codes), bias
+    rows = _between_codes(body, "Gemm", *inputs, y, channel_axis=1)
     return _graph(body, [image, kernel], rows)
 
 
@@ -84,25 +80,41 @@ def convolve(
     maps = body.op("Reshape", [image, constant.shape(1, *layer.size, channels)])
     # ONNX Runtime has the channels last in a QLinearConv, and cancels these with its own.
     maps = body.op("Transpose", [maps], {"perm": [0, 3, 1, 2]})
-    floats = [
-        body.op("DequantizeLinear", [maps, x.scale, x.zero]),
-        body.op("DequantizeLinear", [kernel, kernels.scale, kernels.zero], {"axis": 0}),
-        body.op("DequantizeLinear", [bias.value, bias.scale], {"axis": 0}),
-    ]
-    maps = body.op(
-        "Conv",
-        floats,
-        {
-            "strides": layer.per_axis("strides"),
-            "dilations": layer.per_axis("dilations"),
-            "pads": layer.pads,
-            "group": layer.groups,
-        },
-    )
-    maps = body.op("QuantizeLinear", [maps, y.scale, y.zero])
+    inputs = x._replace(value=maps), kernels._replace(value=kernel), bias
+    attributes = {
+        "strides": layer.per_axis("strides"),
+        "dilations": layer.per_axis("dilations"),
+        "pads": layer.pads,
+        "group": layer.groups,
+    }
+    maps = _between_codes(body, "Conv", *inputs, y, attributes, channel_axis=0)
     maps = body.op("Transpose", [maps], {"perm": [0, 2, 3, 1]})
     rows = body.op("Reshape", [maps, constant.shape(-1, layer.kernel_shape[0])])
     return _graph(body, [image, kernel], rows)
+
+
+def _between_codes(
+    body: Any,
+    operator: str,
+    x: Codes,
+    kernel: Codes,
+    bias: Codes,
+    y: Codes,
+    attributes: Mapping[str, Any] | None = None,
+    *,
+    channel_axis: int,
+) -> Any:
+    """An operator on numbers, between codes: ONNX Runtime computes it in integers.
+
+    Args:
+        channel_axis: of the kernel's output channels.
+    """
+    numbers = [
+        body.op("DequantizeLinear", list(x)),
+        body.op("DequantizeLinear", list(kernel), {"axis": channel_axis}),
+        body.op("DequantizeLinear", [bias.value, bias.scale], {"axis": 0}),
+    ]
+    return body.op("QuantizeLinear", [body.op(operator, numbers, attributes), y.scale, y.zero])
 
 
 def _part(name: str, shape: Sequence[int]) -> Any:

@@ -61,6 +61,16 @@ FORMATS: dict[str, tuple[Callable[..., None], str, Callable[[Path], Run]]] = {
 }
 
 
+def start_format(format: str, detector: ExportedDetector, shipped: Path, folder: Path) -> Run:
+    """Runs a detector in a format; the file of `shipped`, where that has it."""
+    write, suffix, start = FORMATS[format]
+    file = shipped
+    if shipped.suffix != suffix:
+        file = folder / f"shipped{suffix}"
+        write(detector, {}, file)
+    return start(file)
+
+
 def stack(pictures: list[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
@@ -146,10 +156,8 @@ def test_detections(
         for own in (OpenDetector, ExportedDetector)
     )
     write(detector, {}, tmp_path / f"open{suffix}")
-    if format != "onnx":
-        shipped = tmp_path / f"shipped{suffix}"
-        write(shipped_detector, {}, shipped)
-    run_open, run = start(tmp_path / f"open{suffix}"), start(shipped)
+    run_open = start(tmp_path / f"open{suffix}")
+    run = start_format(format, shipped_detector, shipped, tmp_path)
     size = detector.preprocess.input_size
     for batch in (1, 3, 8):
         images = stack(photographs(batch, (size, size)))
@@ -211,13 +219,9 @@ def test_suppression_in_onnx(postprocess: Postprocess, tmp_path: Path) -> None:
 def test_raw_outputs_of_normalised_images(
     format: str, model: str, export_model: Export, photographs: Photographs, tmp_path: Path
 ) -> None:
-    write, suffix, start = FORMATS[format]
-    file = export_model(model, "outputs=raw", "images=float32")
-    detector = ExportedDetector(load(file), images="float32", outputs="raw")
-    if format != "onnx":
-        file = tmp_path / f"raw{suffix}"
-        write(detector, {}, file)
-    run = start(file)
+    shipped = export_model(model, "outputs=raw", "images=float32")
+    detector = ExportedDetector(load(shipped), images="float32", outputs="raw")
+    run = start_format(format, detector, shipped, tmp_path)
     for batch in (1, 3, 8):
         images = detector.preprocess(stack(photographs(batch)))
         with torch.no_grad():
