@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from condconv.autocast import disable_autocast
 from condconv.geometry import Geometry, output_size
@@ -353,6 +354,7 @@ def _works_in_parts(*tensors: Tensor, groups: int) -> bool:
         and tensors[0].is_cpu
         and not _need_gradients(*tensors)
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )
 
 

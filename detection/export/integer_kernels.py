@@ -9,6 +9,8 @@ import numpy as np
 
 from detection.export.conditional import Layer
 
+PRODUCT_DEPTH = 64
+
 
 def quantize_experts(
     weight: np.ndarray, routing_weights: np.ndarray, max_code: int
@@ -32,6 +34,19 @@ def quantize_experts(
     scale = largest * np.maximum(1, 2 * share / (share.max() or 1)) / np.float32(127)
     codes = np.rint(weight / scale[:, None, None, None]).astype(np.int8)
     return codes, scale, float((mixed / scale).max() / max_code) or 1.0
+
+
+def stack_blocks(codes: np.ndarray) -> np.ndarray:
+    """Experts (E, M) cut into n blocks of columns, one below the other: (n E, M / n).
+
+    A processor with AMX takes `PRODUCT_DEPTH` rows of a matrix at a time, and reads as many where
+    there are fewer: eight experts would take it eight times as long.
+    """
+    num_experts, size = codes.shape
+    most = max(1, PRODUCT_DEPTH // num_experts)
+    num_blocks = max(n for n in range(1, most + 1) if size % n == 0)
+    blocks = codes.reshape(num_experts, num_blocks, -1).swapaxes(0, 1)
+    return blocks.reshape(num_blocks * num_experts, -1)
 
 
 def raise_dead(sizes: np.ndarray) -> np.ndarray:

@@ -22,7 +22,12 @@ import numpy as np
 
 from detection.export.conditional import Layer, Ranges, find_layers
 from detection.export.integer_bodies import Codes, Constants, convolve, multiply
-from detection.export.integer_kernels import find_positions, quantize_experts, raise_dead
+from detection.export.integer_kernels import (
+    find_positions,
+    quantize_experts,
+    raise_dead,
+    stack_blocks,
+)
 
 FLOAT = 1  # ONNX's number of the type
 
@@ -168,12 +173,14 @@ class _Writer:
             shape = (weight[0, 0].size, len(scale))
         one, none = self.constant("one", np.float32(1)), self.constant("zero", np.uint8(0))
         routing_step = self.constant("routing_step", np.float32(1 / 127))
+        blocks = stack_blocks(codes.reshape(len(codes), -1))
+        rows = self.spread(tape, layer.routing_weights, len(blocks) // len(codes))
         kernels = tape.op(
             "QLinearMatMul",
             [
-                tape.op("QuantizeLinear", [layer.routing_weights, routing_step, none]),
+                tape.op("QuantizeLinear", [rows, routing_step, none]),
                 routing_step, none,
-                self.constant(f"{name}_int8", codes.reshape(len(codes), -1)),
+                self.constant(f"{name}_int8", blocks),
                 one, self.constant("no_offset", np.int8(0)),
                 self.constant(f"{name}_step", np.float32(step)),
                 self.constant(f"offset_{zero}", np.uint8(zero)),
@@ -187,3 +194,13 @@ class _Writer:
             self.constant(f"{layer.name}_scale", scale.astype(np.float32)),
             self.constant(f"offsets_{zero}_{len(scale)}", zeros),
         )
+
+    def spread(self, tape: Any, routing_weights: Any, num_blocks: int) -> Any:
+        """Weights (B, E) -> (B n, n E), those of an image n times along a diagonal."""
+        diagonal = self.constant(
+            f"diagonal_{num_blocks}", np.eye(num_blocks, dtype=np.float32)[..., None]
+        )
+        axes = self.constant("inner_axes", np.array([1, 2]))
+        rows = tape.op("Mul", [tape.op("Unsqueeze", [routing_weights, axes]), diagonal])
+        _, num_experts = routing_weights.shape
+        return tape.op("Reshape", [rows, self.constant.shape(-1, num_blocks * num_experts)])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from condconv import condconv2d, strategies
 from condconv.geometry import same_padding
@@ -365,6 +366,19 @@ def test_functional_transforms(strategy: str) -> None:
     torch.testing.assert_close(both, torch.stack([expected, expected]))
     with pytest.raises(NotImplementedError, match="jvp"):
         torch.func.jvp(loss, (weight,), (weight,))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_forward_mode_where_nothing_asks_for_gradients(strategy: str) -> None:
+    case = make_case(padding=1)
+    for leaf in case.leaves():
+        leaf.requires_grad_(False)
+    with forward_ad.dual_level():
+        weight = forward_ad.make_dual(case.weight, torch.ones_like(case.weight))
+        y, tangent = forward_ad.unpack_dual(run(case._replace(weight=weight), strategy))
+    # The operation is linear in its kernels.
+    moved = run(case._replace(weight=case.weight + 1), strategy)
+    torch.testing.assert_close(tangent, moved - y)
 
 
 @pytest.mark.parametrize(

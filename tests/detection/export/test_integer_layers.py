@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from condconv import CondConv2d, RoutedCondConv2d, Router
 from detection.export.conditional import calibrate, find_layers
-from detection.export.integer_kernels import quantize_experts
+from detection.export.integer_kernels import quantize_experts, stack_blocks
 from detection.export.integer_layers import quantize_layers
 from detection.export.operators import fold_norms, translate_condconv2d
 
@@ -114,6 +114,20 @@ class Network(nn.Module):
         x = self.depthwise(x, weights).relu()
         first, second = (norm(self.pointwise(x, weights)) for norm in self.norms)
         return first.relu() + second, x
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "size", "num_blocks"),
+    [(8, 144, 8), (3, 144, 18), (8, 7, 7), (8, 11, 1), (80, 4, 1)],
+)
+def test_experts_are_cut_into_blocks(num_experts: int, size: int, num_blocks: int) -> None:
+    generator = np.random.default_rng(0)
+    codes = generator.integers(-127, 128, (num_experts, size))
+    weights = generator.integers(0, 128, (2, num_experts))
+    blocks = stack_blocks(codes)
+    assert blocks.shape == (num_blocks * num_experts, size // num_blocks)
+    rows = np.concatenate([np.kron(np.eye(num_blocks, dtype=int), row) for row in weights])
+    assert np.array_equal((rows @ blocks).reshape(2, size), weights @ codes)
 
 
 def test_layers_in_a_row_hand_on_codes() -> None:
