@@ -69,6 +69,11 @@ def pad_input(
 
 
 def output_size(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int]:
+    """Height and width of the output of x (B, C, H, W) and weight (E, O, C / groups, kh, kw).
+
+    Raises:
+        ValueError: where the kernel is larger than the padded input.
+    """
     stride, padding, dilation, _ = geometry
     _, _, rows, columns = x.shape
     _, _, _, kernel_rows, kernel_columns = weight.shape

@@ -47,7 +47,7 @@ def lay_out(x: Tensor, channels_last: bool) -> Tensor:
 
 
 def choose_strategy(x: Tensor, weight: Tensor, geometry: Geometry) -> Strategy:
-    """The strategy that measures fastest for the shapes."""
+    """The strategy that measures fastest on a CPU for the shapes; elsewhere it was not measured."""
     if x.shape[0] <= 1:
         return "grouped"
     if geometry.groups > 1:
@@ -108,6 +108,7 @@ def _keeps_kernels(x: Tensor, weight: Tensor, strategy: Strategy) -> bool:
 def execute(
     x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry, strategy: Strategy
 ) -> Tensor:
+    """`run_forward`, and where gradients are asked for, a backward pass that keeps few kernels."""
     inputs = (x, weight, routing_weights)
     if _keeps_kernels(x, weight, strategy) or not _need_gradients(*inputs):
         return run_forward(*inputs, geometry, strategy)
@@ -372,8 +373,9 @@ def _mix_into(kernels: Tensor, weight: Tensor, routing_weights: Tensor) -> Tenso
     """`mix` written to kernels (B, O, K)."""
     if kernels.dtype == weight.dtype:
         torch.mm(routing_weights, weight.flatten(1), out=kernels.flatten(1))
-        return kernels
-    return kernels.copy_(mix(weight, routing_weights, kernels.dtype, kernels.shape[1:]))
+    else:
+        kernels.flatten(1).copy_(torch.mm(routing_weights, weight.flatten(1)))
+    return kernels
 
 
 def _differentiate_matmul_in_parts(
@@ -386,7 +388,8 @@ def _differentiate_matmul_in_parts(
     needs_patches, needs_weight, needs_routing = needs
     as_rows = _are_rows(patches)
     grad_patches = _new_empty(patches, patches.shape[1], as_rows) if needs_patches else None
-    grad_weight = torch.empty_like(weight) if needs_weight else None
+    # Not `empty_like`: blocks of it must be views, whatever the layout of the experts.
+    grad_weight = weight.new_empty(weight.shape) if needs_weight else None
     grad_routing = torch.zeros_like(routing_weights) if needs_routing else None
     for examples, channels, buffer in _parts(patches, weight):
         grad, weights = grad_y[examples, channels], routing_weights[examples]

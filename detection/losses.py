@@ -178,7 +178,7 @@ class _FocalSum(torch.autograd.Function):
         is 1.
         """
         # Positives are taken out by a logit whose loss and derivative are 0 where the target is 0.
-        derivative = logits.to(torch.float32, copy=True)
+        derivative = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         positive = -derivative[images, anchors, slots]
         derivative[images, anchors, slots] = -torch.inf
         sums = derivative.new_empty(logits.shape[:2])

@@ -48,6 +48,7 @@ def make_case(
     groups: int = 1,
     bias: bool = True,
     layout: str = "contiguous",
+    transposed_experts: bool = False,
     dtype: torch.dtype = torch.float64,
     **options: Any,
 ) -> Case:
@@ -61,9 +62,12 @@ def make_case(
         x = x.to(memory_format=torch.channels_last)
     elif layout == "strided":
         x = random(size[1], batch, 2 * channels, size[0])[:, :, ::2].permute(1, 2, 3, 0)
+    weight = random(num_experts, out_channels, channels // groups, *kernel_size)
+    if transposed_experts:
+        weight = weight.transpose(0, 1).contiguous().transpose(0, 1)
     case = Case(
         x,
-        random(num_experts, out_channels, channels // groups, *kernel_size),
+        weight,
         random(batch, num_experts).sigmoid(),
         random(num_experts, out_channels) if bias else None,
         {"groups": groups, **options},
@@ -139,6 +143,7 @@ def cases(draw: st.DrawFn) -> Case:
         groups=groups,
         bias=draw(st.booleans()),
         layout=draw(st.sampled_from(["contiguous", "channels_last", "strided"])),
+        transposed_experts=draw(st.booleans()),
         stride=draw(st.integers(1, 3) | pairs(1, 3)),
         dilation=draw(st.integers(1, 2) | pairs(1, 2)),
         padding=draw(st.sampled_from(["same", "valid"]) | st.integers(0, 2) | pairs(0, 2)),

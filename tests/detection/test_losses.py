@@ -205,6 +205,17 @@ def test_gathered_matches() -> None:
     assert list(found) == expected and expected
 
 
+def test_logits_of_any_layout_have_the_same_gradient() -> None:
+    predictions, targets = make_batch()
+    slots_first = predictions.logits.mT.contiguous()
+    gradients = []
+    for logits in (predictions.logits, slots_first.mT):
+        leaf = logits.detach().requires_grad_()
+        FocalCriterion()(predictions._replace(logits=leaf), targets).total.backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
 def test_without_a_background_slot() -> None:
     """The same classes without the background's logit: only its own loss is gone."""
     predictions, targets = make_batch()
