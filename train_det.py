@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,8 @@ def train(
     content["model"] = find_model(content["model"])
     settings = TrainerSettings.from_config(content["trainer"])
     torch.use_deterministic_algorithms(settings.deterministic)
+    if settings.deterministic:  # without it cuBLAS is not, and refuses
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     console = Console()
 
     with join_processes(settings.device) as processes, ExitStack() as stack:

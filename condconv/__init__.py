@@ -9,6 +9,7 @@ from condconv.diagnostics import (
     RoutingSummary,
     capture_routing,
     compare_experts,
+    find_routers,
     summarize_routing,
 )
 from condconv.functional import condconv2d
@@ -31,6 +32,7 @@ __all__ = [
     "cost_table",
     "count_multiply_adds",
     "count_parameters",
+    "find_routers",
     "specialize",
     "spread_over_experts",
     "summarize_routing",

@@ -39,6 +39,16 @@ class RoutingSummary(NamedTuple):
     unused: list[int]
 
 
+def find_routers(network: nn.Module) -> dict[str, nn.Module]:
+    """The routers of a network by name: `Router` modules, and the linear layers `routing_fn` of
+    timm's CondConv blocks."""
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, Router) or name.rpartition(".")[2] == "routing_fn"
+    }
+
+
 @contextmanager
 def capture_routing(network: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Collect the routing weights of all forward passes inside the `with`.
@@ -48,13 +58,13 @@ def capture_routing(network: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     Gives a dictionary from the name of each router in `network` that ran, in the order in which
     they first did, to its weights (N, E): detached, on the CPU, a row for each example of each
-    call. Routers are `Router` modules and the layers `routing_fn` of timm's CondConv blocks.
+    call. Routers are those of `find_routers`.
 
     Raises:
         ValueError: where `network` has no router; at the end, where none ran. A network that has
             been compiled passes by the hooks: capture from the original.
     """
-    routers = {name: module for name, module in network.named_modules() if _is_router(name, module)}
+    routers = find_routers(network)
     if not routers:
         raise ValueError(f"{type(network).__name__} has no router: it is not conditional")
     routing: dict[str, Tensor] = {}
@@ -89,10 +99,6 @@ def compare_experts(network: nn.Module) -> dict[str, Tensor]:
             directions = F.normalize(module.weight.detach().float().flatten(1))
             similarities[name] = (directions @ directions.t()).cpu()
     return similarities
-
-
-def _is_router(name: str, module: nn.Module) -> bool:
-    return isinstance(module, Router) or name.rpartition(".")[2] == "routing_fn"
 
 
 def _summarize(weights: Tensor) -> RoutingSummary:

@@ -10,11 +10,6 @@ CodeWeights = tuple[float, float, float, float]
 CODE_WEIGHTS: CodeWeights = (10.0, 10.0, 5.0, 5.0)
 
 
-def xyxy_to_xywh(boxes: Tensor) -> Tensor:
-    """(..., 4) corners -> top left corner and size, as COCO writes boxes."""
-    return torch.cat([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], dim=-1)
-
-
 def box_area(boxes: Tensor) -> Tensor:
     """(..., 4) -> (...)."""
     sizes = boxes[..., 2:] - boxes[..., :2]

@@ -283,11 +283,21 @@ def lay_over(saved: DictConfig, composed: DictConfig, overrides: Sequence[str]) 
     """
     config = saved.copy()
     OmegaConf.set_struct(config, False)
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    for override in parsed:
         key = override.key_or_group
         if key == "experiment":
             raise UserError("resume=true goes on with the run's own config: leave experiment= out")
         OmegaConf.update(config, key, OmegaConf.select(composed, key), merge=False)
+    # A schedule that ended with the run still does: saved configs are resolved.
+    given = {override.key_or_group for override in parsed}
+    end = OmegaConf.select(saved, "schedule.steps")
+    if (
+        end is not None
+        and end == OmegaConf.select(saved, "trainer.steps")
+        and not given & {"schedule", "schedule.steps"}
+    ):
+        config.schedule.steps = config.trainer.steps
     for section in ("model", "data", "optimizer", "seed"):
         if config[section] != saved[section]:
             raise UserError(

@@ -44,6 +44,10 @@ class Preprocess(nn.Module):
         """uint8 (B, 3, S, S) -> float32 (B, 3, S, S)."""
         return (images.float() - self.mean) / self.std
 
+    def for_loading(self) -> Self:
+        """A copy on the CPU, for datasets: what goes to a loader's worker may hold no device."""
+        return copy.deepcopy(self).cpu()
+
     def at_size(self, input_size: int) -> Self:
         """The same for another input size."""
         other = copy.deepcopy(self)

@@ -386,6 +386,34 @@ def test_early_stopping(run: Callable[..., Path]):
     evaluations = [line for line in read_lines(folder) if line["kind"] == "evaluation"]
     assert len(evaluations) < 20
     assert "no better AP in 2 evaluations" in (folder / "train.log").read_text()
+    run("resume=true")
+    assert read_lines(folder)[-1] == evaluations[-1]
+
+
+def test_a_split_without_boxes_ends_a_run_as_any_other(run: Callable[..., Path], tmp_path: Path):
+    """AP is -1 there."""
+    run("trainer.steps=1", f"data.root={tmp_path / 'shapes'}", name="first")
+    (source,) = (tmp_path / "shapes").iterdir()
+    content = json.loads((source / "annotations" / "instances_val.json").read_text())
+    (tmp_path / "val.json").write_text(json.dumps({**content, "annotations": []}))
+    data = [
+        "data=custom",
+        f"data.train.images={source / 'images' / 'train'}",
+        f"data.train.annotations={source / 'annotations' / 'instances_train.json'}",
+        f"data.val.images={source / 'images' / 'val'}",
+        f"data.val.annotations={tmp_path / 'val.json'}",
+    ]
+    folder = run("trainer.steps=1", data=data, name="empty")
+    assert json.loads((folder / "metrics.json").read_text())["AP"] == -1
+    assert list_checkpoints(folder) == ["best.pt", "last.pt"]
+
+
+def test_an_overflow_leaves_no_trace_in_the_optimizer(run: Callable[..., Path]):
+    options = ["trainer.precision=fp16", "optimizer=sgd", "optimizer.lr=1e-3"]
+    folder = run("trainer.steps=1", "model.criterion.classification_weight=1e6", *options)
+    content = load_checkpoint(folder / "checkpoints" / "last.pt")
+    assert content["scaler"]["scale"] == 2.0**15
+    assert content["optimizer"]["state"] == {}
 
 
 @pytest.mark.parametrize(

@@ -159,9 +159,14 @@ def read_names(file: Path) -> list[str]:
     if isinstance(names, dict):
         numbers = range(max(names, default=-1) + 1)
         names = [names.get(number, f"class {number}") for number in numbers]
+    names = [str(name).strip() for name in names or ()]
+    while names and not names[-1]:  # the end of a text
+        names.pop()
     if not names:
         raise UserError(f"{file} names no classes: give a data.yaml with names, or one name a line")
-    return [str(name).strip() for name in names if str(name).strip()]
+    if "" in names:
+        raise UserError(f"{file}: class {names.index('')} has no name: give it one")
+    return names
 
 
 def to_coco(images: Sequence[LabelledImage], names: Sequence[str] | None = None) -> dict[str, Any]:

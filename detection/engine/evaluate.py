@@ -68,9 +68,8 @@ def evaluate(
     Raises:
         UserError: where the folder of the images has vanished.
     """
-    dataset = DetectionDataset(
-        index, EvalTransform(resize=detector.preprocess.resize), seed=0, training=False
-    )
+    transform = EvalTransform(resize=detector.preprocess.for_loading().resize)
+    dataset = DetectionDataset(index, transform, seed=0, training=False)
     batches = split_evaluation(
         len(index), batch_size=batch_size, rank=processes.rank, world_size=processes.world_size
     )

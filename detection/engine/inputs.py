@@ -62,6 +62,7 @@ class TrainingInputs:
         self.input_size = preprocess.input_size
         self.input_sizes = _list_sizes(multi_scale) if multi_scale else [preprocess.input_size]
         # It checks the settings for both.
+        preprocess = preprocess.for_loading()
         transform = TrainTransform(resize=preprocess.resize, max_boxes=max_boxes, **augmentation)
         self.augmentation = None
         if on_device is not None:
@@ -71,7 +72,7 @@ class TrainingInputs:
                 max_boxes=max_boxes,
                 **augmentation,
             )
-            transform = EvalTransform(resize=self.augmentation.loaded.resize)
+            transform = EvalTransform(resize=self.augmentation.loaded.for_loading().resize)
         self.dataset = DetectionDataset(
             index,
             transform,

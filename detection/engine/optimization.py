@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Set
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from condconv import CondConv2d, Router
+from condconv import CondConv2d, Router, find_routers
 from detection.build import build
 from detection.errors import UserError
 
@@ -57,7 +58,10 @@ def parameter_groups(
     """
     modules = list(network.modules())
     kernels = {id(child.weight) for child in modules if isinstance(child, (nn.Conv2d, CondConv2d))}
-    routers = [child.linear for child in modules if isinstance(child, Router)]
+    routers = [
+        router.linear if isinstance(router, Router) else router
+        for router in find_routers(network).values()
+    ]
     if router_lr_factor == 1 and router_weight_decay == 0:
         routers = []
     weights = {id(linear.weight) for linear in routers}
@@ -104,7 +108,9 @@ def warmup_cosine(
 
 def warmup_constant(step: int, *, warmup_steps: int, warmup_start: float = 0.0) -> float:
     """Factor on the learning rate: linear warm-up, then 1; see `warmup_cosine`."""
-    return min(1.0, warmup_start + (1 - warmup_start) * step / max(warmup_steps, 1))
+    if step < warmup_steps:
+        return warmup_start + (1 - warmup_start) * step / warmup_steps
+    return 1.0
 
 
 def average_weights(network: nn.Module, decay: float) -> AveragedModel:
@@ -114,10 +120,12 @@ def average_weights(network: nn.Module, decay: float) -> AveragedModel:
     random start is soon forgotten (as in TensorFlow's ExponentialMovingAverage).
     """
 
-    def update(average: Tensor, current: Tensor, num_averaged: Tensor | int) -> Tensor:
-        if not average.is_floating_point():
-            return current
-        count = int(num_averaged)
-        return average.lerp(current, 1 - min(decay, (1 + count) / (10 + count)))
+    def update(averages: Any, currents: Any, num_averaged: Tensor | int) -> None:
+        if averages[0].is_floating_point():  # AveragedModel hands over tensors of one dtype
+            count = int(num_averaged)
+            weight = 1 - min(decay, (1 + count) / (10 + count))
+            torch._foreach_lerp_(averages, currents, weight)  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            torch._foreach_copy_(averages, currents)  # pyright: ignore[reportPrivateImportUsage]
 
-    return AveragedModel(network, avg_fn=update, use_buffers=True)
+    return AveragedModel(network, multi_avg_fn=update, use_buffers=True)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from detection.errors import UserError
 
@@ -41,6 +41,12 @@ class Processes(NamedTuple):
             values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """Rank 0's buffers, in every process: batch norm's statistics are each process's own."""
+        if self.world_size > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, src=0)
 
     def any(self, flag: bool) -> bool:
         """Whether it is set in any process."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     ema: AveragedModel | None = None
     step: int = 0
-    best_metric: float = -1.0
+    best_metric: float = -math.inf  # COCO has -1 where there is nothing to find
     stale_evaluations: int = 0
     owes_evaluation: bool = False
 
@@ -44,6 +45,10 @@ class TrainState:
     def averaged_network(self) -> nn.Module:
         """The network to evaluate: the moving average where there is one."""
         return self.network if self.ema is None else self.ema.module
+
+    def is_exhausted(self, patience: int | None) -> bool:
+        """Whether so many evaluations in a row were no better; None is never."""
+        return patience is not None and self.stale_evaluations >= patience
 
     def state_dict(self, processes: Processes) -> dict[str, Any]:
         """Tensors and plain values, for `save_checkpoint`; call it in every process."""

@@ -46,11 +46,25 @@ def start_loader(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
     A signal to the whole group (Ctrl-C, a scheduler's SIGTERM) is for the main process, which needs
     its workers for the step at hand. They inherit a mask, since a handler would come too late for
     some. At an error they must end here: the program's exit would send them SIGTERM, and wait.
+
+    Raises:
+        RuntimeError: inside, where a worker has died.
     """
     with _signals_blocked():
         batches: Any = iter(loader)
     try:
         yield batches
+    except (ConnectionError, EOFError) as error:
+        # What a worker leaves that dies while it hands over a batch; of others torch tells itself.
+        dead = []
+        for worker in getattr(batches, "_workers", ()):
+            worker.join(timeout=0.5)
+            if not worker.is_alive():
+                dead.append(str(worker.pid))
+        if not dead:
+            raise
+        pids = ", ".join(dead)
+        raise RuntimeError(f"DataLoader worker (pid(s) {pids}) exited unexpectedly") from error
     finally:
         if loader.num_workers > 0:
             batches._shutdown_workers()

@@ -89,7 +89,7 @@ def run_training(
         console=console,
         disable=not (processes.is_main and console.is_terminal),
     )
-    stop = processes.any(request.received)
+    stop = processes.any(request.received) or state.is_exhausted(settings.early_stopping)
     with progress, start_loader(loader) as batches:
         task = progress.add_task("training", total=settings.steps, completed=state.step)
         while not stop and (state.step < settings.steps or state.owes_evaluation):
@@ -120,13 +120,15 @@ def run_training(
             if settings.checkpoint_every is not None:
                 saves = saves or state.step % settings.checkpoint_every == 0
             if state.owes_evaluation and not stop:
+                # What is measured is what is saved, the network of rank 0.
+                processes.share_buffers(state.averaged_network)
                 evaluation = evaluate(state.averaged_network, lambda: request.received)
                 set_training_mode(state.network, freeze_batch_norm=settings.freeze_batch_norm)
                 meter.restart()
                 stop = evaluation is None
                 if evaluation is not None:
                     is_best = _note_evaluation(state, evaluation, folder, processes)
-                    stop = state.stale_evaluations == settings.early_stopping
+                    stop = state.is_exhausted(settings.early_stopping)
             if saves or stop:
                 content = state.state_dict(processes)
                 if processes.is_main:
@@ -142,7 +144,7 @@ def run_training(
                 logger.log_picture("detections", partial(draw, evaluation.results), state.step)
     if unreadable:
         LOGGER.warning("%d images could not be read; others took their places", len(unreadable))
-    if state.stale_evaluations == settings.early_stopping:
+    if state.is_exhausted(settings.early_stopping):
         LOGGER.info(
             "stopped at step %d: no better AP in %d evaluations",
             state.step,
@@ -196,7 +198,7 @@ def take_step(
     gradients = [p.grad for p in state.network.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     asked = torch.tensor(float(request.received), device=device)
-    # All that the host needs to know of a step, so that it waits for the device once.
+    # All that the host needs to know of a step, asked for at once.
     found = torch.cat([torch.stack([norm, asked]), totals])  # pyright: ignore
     sum_norm, num_asked, *sums, num_matches = processes.sum(found).tolist()
     num_matches = max(num_matches, 1.0)
@@ -215,9 +217,12 @@ def take_step(
         nn.utils.clip_grads_with_norm_(
             state.network.parameters(), settings.gradient_clip_norm, norm * factor
         )
-    state.scaler.step(state.optimizer)
+    # A fused optimizer that is told of an overflow still makes its buffers, and leaves in them what
+    # was in memory.
+    if math.isfinite(sum_norm):
+        state.scaler.step(state.optimizer)
+        state.schedule.step()
     state.scaler.update()
-    state.schedule.step()
     if state.ema is not None:
         state.ema.update_parameters(state.network)
     return values, num_asked > 0

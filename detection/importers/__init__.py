@@ -1,1 +1,1 @@
-"""Weights of other projects: TensorFlow's SSD MobileNetV1, MobileNetV1 of TF-slim and timm."""
+"""Weights of other projects: TensorFlow's SSD, torchvision's RetinaNets, and backbones."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torchvision
@@ -36,25 +36,28 @@ class Backbone(nn.Module):
     channels: Sequence[int]
     strides: Sequence[int]
     normalization: Mapping[str, Sequence[float]]
-    _frozen: Sequence[nn.Module] = ()
+    _frozen: Collection[str] = ()
 
     def freeze(self, layers: Iterable[nn.Module], *, batch_norm: bool) -> None:
         """Keep the weights of some layers, and with `batch_norm` those of all batch norm.
 
         What is frozen stays in inference mode: batch norm keeps its statistics too.
         """
-        self._frozen = [child for layer in layers for child in layer.modules()]
+        kept = {child for layer in layers for child in layer.modules()}
         if batch_norm:
             kind = nn.modules.batchnorm._BatchNorm
-            self._frozen += [child for child in self.modules() if isinstance(child, kind)]
-        for module in self._frozen:
+            kept |= {child for child in self.modules() if isinstance(child, kind)}
+        for module in kept:
             module.requires_grad_(False)
+        # By name: what synchronises batch norm puts other modules in their places.
+        self._frozen = {name for name, module in self.named_modules() if module in kept}
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Backbone:
         super().train(mode)
-        for module in self._frozen:
-            module.training = False
+        for name, module in self.named_modules():
+            if name in self._frozen:
+                module.training = False
         return self
 
 

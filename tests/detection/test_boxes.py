@@ -15,7 +15,6 @@ from detection.boxes import (
     decode_boxes,
     encode_boxes,
     pairwise_iou,
-    xyxy_to_xywh,
 )
 
 
@@ -24,12 +23,6 @@ def make_boxes(*shape: int, seed: int = 0) -> Tensor:
     corner = torch.rand(*shape, 2, generator=generator) * 80
     size = torch.rand(*shape, 2, generator=generator) * 40 + 1
     return torch.cat([corner, corner + size], dim=-1)
-
-
-def test_xyxy_to_xywh() -> None:
-    boxes = torch.tensor([[1.0, 2.0, 4.0, 8.0], [0.0, 0.0, 0.0, 0.0]])
-    assert xyxy_to_xywh(boxes).tolist() == [[1, 2, 3, 6], [0, 0, 0, 0]]
-    assert xyxy_to_xywh(torch.zeros(2, 0, 4)).shape == (2, 0, 4)
 
 
 def test_box_area() -> None:

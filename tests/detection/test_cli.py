@@ -91,6 +91,22 @@ def test_only_what_overrides_name_is_laid_over():
         lay_over(saved, composed, ["model.a=2"])  # pyright: ignore
 
 
+@pytest.mark.parametrize(
+    ("saved_end", "words", "end"),
+    [
+        (6, ["trainer.steps=10"], 10),
+        (8, ["trainer.steps=10"], 8),
+        (6, ["trainer.steps=10", "schedule.steps=7"], 7),
+        (6, [], 6),
+    ],
+)
+def test_a_schedule_goes_on_to_the_end_of_the_run(saved_end: int, words: list[str], end: int):
+    rest = {"model": {}, "data": {}, "optimizer": {}, "seed": 0}
+    saved = OmegaConf.create(rest | {"trainer": {"steps": 6}, "schedule": {"steps": saved_end}})
+    composed = OmegaConf.merge(saved, OmegaConf.from_dotlist(words))
+    assert lay_over(saved, composed, words).schedule.steps == end  # pyright: ignore
+
+
 def test_a_missing_value_is_named():
     with pytest.raises(UserError, match=r"model\.width"):
         plain(OmegaConf.create({"model": {"width": "???"}}))

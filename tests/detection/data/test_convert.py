@@ -216,6 +216,14 @@ def test_no_names(text: str, tmp_path: Path) -> None:
         read_names(tmp_path / "data.yaml")
 
 
+def test_a_class_without_a_name_moves_no_other(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("cat\n\ndog\n\n")
+    with pytest.raises(UserError, match=r"class 1 has no name"):
+        read_names(tmp_path / "classes.txt")
+    (tmp_path / "classes.txt").write_text("cat\ndog\n\n\n")
+    assert read_names(tmp_path / "classes.txt") == ["cat", "dog"]
+
+
 def test_mistakes(voc: list[str], tmp_path: Path) -> None:
     for arguments, answer in (
         (["voc", "--images", "/no", "--annotations", str(tmp_path / "xml")], "no such folder"),

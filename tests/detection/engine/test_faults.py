@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import eval_det
 import train_det
@@ -31,6 +32,7 @@ from detection.data.image_cache import SHARED_MEMORY
 from detection.data.shapes import Recipe, provide
 from detection.detector import Detector
 from detection.engine.state import TrainState
+from detection.engine.stop import start_loader
 from detection.engine.train import take_step
 from detection.errors import UserError
 
@@ -422,6 +424,22 @@ def test_a_killed_worker_is_named(start: Callable[..., Run]):
     assert load_checkpoint(run.last)["step"] > 0
 
 
+def test_a_worker_that_dies_while_it_hands_over_is_named():
+    loader = DataLoader(TensorDataset(torch.zeros(4, 1)), num_workers=1)
+
+    def lose_the_connection(kill: bool) -> None:
+        with start_loader(loader) as batches:
+            (worker,) = batches._workers  # pyright: ignore
+            if kill:
+                os.kill(worker.pid, signal.SIGKILL)
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.* (exited|killed)"):
+        lose_the_connection(kill=True)
+    with pytest.raises(ConnectionResetError):
+        lose_the_connection(kill=False)
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_data_folder_that_vanishes_is_one_line(
     run: Callable[..., Path],
@@ -541,6 +559,23 @@ def test_two_processes_give_the_losses_of_one_also_after_a_fall_back(
     for a, b in zip(expected, found, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     assert expected[-1]["AP"] == pytest.approx(found[-1]["AP"], abs=1e-6)
+
+
+@pytest.mark.parametrize("ema_decay", ["null", "0.5"])
+def test_two_processes_measure_what_they_save(start: Callable[..., Run], ema_decay: str):
+    """Batch norm's statistics are each process's own, and those of one are saved."""
+    options = [f"trainer.ema_decay={ema_decay}", "evaluation.batch_size=1", "trainer.steps=4"]
+    run = start(*options, "optimizer.lr=0.01", "schedule=constant", num_processes=2)
+    assert run.wait() == [0, 0], run.printed()
+    output = run.folder / "again"
+    options = [f"checkpoint={run.last}", "device=cpu", "evaluation.batch_size=1"]
+    again = start(*options, f"output={output}", script="eval_det", data=[])
+    assert again.wait() == [0], again.printed()
+    expected, found = (
+        json.loads((folder / "metrics.json").read_text()) for folder in (run.folder, output)
+    )
+    for name in ("AP", "AP50", "loss"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-6)
 
 
 def test_two_processes_detect_what_one_does(

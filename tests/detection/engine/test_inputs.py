@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,16 @@ def index(shapes_root: Path) -> CocoIndex:
 
 def make_inputs(index: CocoIndex, **options: Any) -> TrainingInputs:
     return TrainingInputs(index, Preprocess(input_size=64), seed=0, **options)
+
+
+@pytest.mark.parametrize("on_device", [None, 1.5])
+def test_the_loader_holds_nothing_of_the_device(index: CocoIndex, on_device: float | None):
+    preprocess = Preprocess(input_size=64)
+    inputs = TrainingInputs(index, preprocess, seed=0, on_device=on_device)
+    for module in filter(None, (preprocess, inputs.augmentation)):
+        module.to("meta")
+    sent = pickle.dumps(inputs.dataset)
+    assert b"_rebuild_tensor" in sent and b"_rebuild_meta_tensor" not in sent
 
 
 def read_losses(folder: Path) -> list[float]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from condconv import CondConv2d
 from detection.engine.optimization import (
     average_weights,
     build_optimizer,
@@ -28,7 +29,17 @@ def test_schedules_hold_their_ends():
     assert warmup_cosine(9, steps=5, warmup_steps=5) == pytest.approx(0.0)
     assert warmup_constant(0, warmup_steps=4, warmup_start=0.2) == pytest.approx(0.2)
     assert warmup_constant(400, warmup_steps=4) == 1.0
-    assert warmup_constant(0, warmup_steps=0) == 1.0 or warmup_constant(1, warmup_steps=0) == 1.0
+    assert warmup_constant(0, warmup_steps=0, warmup_start=0.2) == 1.0
+
+
+def test_routers_of_timm_have_those_options_too():
+    network = nn.ModuleDict(
+        {"routing_fn": nn.Linear(4, 2), "conv": CondConv2d(4, 4, 1, num_experts=2)}
+    )
+    groups = parameter_groups(network, lr=1.0, router_lr_factor=0.1, router_weight_decay=0.01)
+    routing = network["routing_fn"]
+    assert [group["params"] for group in groups[2:]] == [[routing.weight], [routing.bias]]
+    assert [group["lr"] for group in groups[2:]] == [0.1, 0.1]
 
 
 def test_only_kernels_decay():

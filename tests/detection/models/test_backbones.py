@@ -154,6 +154,14 @@ def test_frozen_stages(kind: str, batch_norm: bool) -> None:
     assert [bool(norm.num_batches_tracked) for norm in norms] == learning
     assert any(learning) == (not batch_norm and bool(norms))
 
+    # Synchronising puts other modules in their places.
+    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(backbone)).train()
+    modes = [
+        [m.training for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for network in (backbone, synchronized)
+    ]
+    assert modes[0] == modes[1]
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_frozen_by_default(kind: str) -> None:
