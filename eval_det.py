@@ -50,6 +50,7 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
     from detection.engine.evaluate import evaluate, evaluate_exported
     from detection.engine.processes import join_processes
     from detection.engine.run_folder import LOGGER, start_logging
+    from detection.engine.settings import check_evaluation
     from detection.errors import UserError
     from detection.evaluation.coco import (
         CocoEvaluator,
@@ -57,6 +58,7 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
         write_metrics,
         write_results,
     )
+    from detection.files import check_folder
     from detection.onnx_detector import OnnxDetector
     from detection.visualization.results import draw_results
 
@@ -64,6 +66,11 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
     console = Console()
     if content["checkpoint"] is None:
         raise UserError("checkpoint is not set: give checkpoint=FILE, as train_det.py writes it")
+    if content["weights"] not in ("ema", "model"):
+        raise UserError(f"weights={content['weights']}: give one of ema, model")
+    if content["report_images"] < 1:
+        raise UserError(f"report_images={content['report_images']}: give at least 1")
+    check_evaluation(content["evaluation"])
 
     def load(path: Path) -> OnnxDetector | dict[str, Any]:
         return OnnxDetector.from_file(path) if path.suffix == ".onnx" else load_checkpoint(path)
@@ -80,6 +87,8 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
         )
         name = paths[0].name if paths[0].suffix == ".onnx" else paths[0].stem
         output = Path(content["output"] or paths[0].with_name(f"{name}-{content['split']}"))
+        if processes.is_main:
+            check_folder(output)
         start_logging(console, None, is_main=processes.is_main)
         for line in [f"{len(index)} images of {index.annotations_file}", *index.describe()]:
             LOGGER.info(line)

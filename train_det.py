@@ -77,7 +77,7 @@ def train(
     from detection.engine.optimization import average_weights, build_optimizer
     from detection.engine.processes import join_processes, launcher
     from detection.engine.run_folder import LOGGER, RunFolder, read_json, start_logging
-    from detection.engine.settings import TrainerSettings
+    from detection.engine.settings import TrainerSettings, check_evaluation
     from detection.engine.state import TrainState
     from detection.engine.train import (
         accept_sizes,
@@ -85,6 +85,7 @@ def train(
         prepare_network,
         run_training,
     )
+    from detection.errors import UserError
     from detection.evaluation.coco import (
         CocoEvaluator,
         fastest_backend,
@@ -100,6 +101,10 @@ def train(
     content = plain(config)
     content["model"] = find_model(content["model"])
     settings = TrainerSettings.from_config(content["trainer"])
+    check_evaluation(content["evaluation"])
+    seed = content["seed"]
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise UserError(f"seed={seed}: give a whole number from 0 on, below 2 ** 63")
     torch.use_deterministic_algorithms(settings.deterministic)
     if settings.deterministic:  # without it cuBLAS is not, and refuses
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -131,7 +136,7 @@ def train(
         check_same_categories(train_index, val_index)
         categories = train_index.categories
 
-        torch.manual_seed(content["seed"])
+        torch.manual_seed(seed)
         parts = build_model(content["model"], len(categories))
         started: list[str] = []
         if checkpoint is None:
@@ -150,7 +155,7 @@ def train(
         inputs = TrainingInputs(
             train_index,
             parts.preprocess,
-            seed=content["seed"],
+            seed=seed,
             shorter_side=shorter_side,
             cache=cache,
             **augmentation,
@@ -236,7 +241,7 @@ def train(
             logger=logger,
             folder=folder,
             settings=settings,
-            seed=content["seed"],
+            seed=seed,
             processes=processes,
             request=request,
             console=console,

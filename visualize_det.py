@@ -44,12 +44,23 @@ def visualize(config: DictConfig) -> list[Path]:
     from detection.engine.processes import choose_device
     from detection.engine.run_folder import start_logging
     from detection.errors import UserError
+    from detection.files import check_folder
 
     content = plain(config)
     if content["checkpoint"] is None:
         raise UserError("checkpoint is not set: give checkpoint=FILE, as train_det.py writes it")
     if content["format"] not in (None, "jpg", "png"):
         raise UserError(f"format={content['format']}: give jpg or png, or leave it out")
+    if content["batch_size"] < 1:
+        raise UserError(f"batch_size={content['batch_size']}: give at least 1")
+    limit = content["max_images"]
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise UserError(f"max_images={limit}: give at least 1, or null")
+    if content["source"] is not None and content["routing"]:
+        raise UserError("routing=true is of a split: leave source out")
+    if content["source"] is None and content["save_json"]:
+        raise UserError("save_json=true is of a source: give source=; eval_det.py is for a split")
+    check_folder(content["output"])
     start_logging(Console(), None)
     checkpoint = load_checkpoint(content["checkpoint"])
     detector = Detector(

@@ -77,7 +77,7 @@ def build(config: Mapping[str, Any], /, **arguments: Any) -> Any:
     try:
         # Bound first: Hydra would copy arguments such as parameters into a config.
         return build_partial(own)(**built, **arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise UserError(f"{config['_target_']}: {error}") from error
 
 

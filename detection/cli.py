@@ -20,7 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from detection.errors import UserError
@@ -61,7 +61,9 @@ def run_script(job: Callable[[DictConfig], object], *, config_name: str) -> None
     arguments = sys.argv[1:]
     if not {"--help", "-h", "--hydra-help", "--version"} & set(arguments):
         try:
-            check_overrides(config_name, [word for word in arguments if not word.startswith("-")])
+            words = [word for word in arguments if not word.startswith("-")]
+            sweeps = bool({"--multirun", "-m"} & set(arguments))
+            check_overrides(config_name, words, sweeps=sweeps)
         except UserError as error:
             fail(error)
     hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(
@@ -86,8 +88,11 @@ def _print_mistake(line: str) -> None:
     print(f"error: {line}", file=sys.stderr, flush=True)
 
 
-def check_overrides(config_name: str, words: list[str]) -> None:
+def check_overrides(config_name: str, words: list[str], *, sweeps: bool = True) -> None:
     """Compose once to see whether the overrides fit.
+
+    Args:
+        sweeps: whether a key may have several values.
 
     Raises:
         UserError: naming the word that does not, and the nearest that would.
@@ -101,12 +106,42 @@ def check_overrides(config_name: str, words: list[str]) -> None:
                 f"cannot read the overrides {' '.join(words)}: write key=value "
                 f"({str(error).splitlines()[0]})"
             ) from error
+        for override in overrides:
+            if override.is_sweep_override() and not sweeps:
+                raise UserError(
+                    f"{override.input_line}: several values are a sweep: add --multirun, or "
+                    "write a list as [a,b]"
+                )
         single = [_first_of_sweep(override) for override in overrides]
         try:
-            compose(config_name, overrides=single)
+            composed = compose(config_name, overrides=single)
         except (HydraException, OmegaConfBaseException) as error:
             reason = _explain(config_name, overrides) or " ".join(str(error).split())
             raise UserError(reason) from error
+        _check_types(config_name, overrides, composed)
+
+
+def _check_types(config_name: str, overrides: list[Override], composed: DictConfig) -> None:
+    """See that values are of their defaults' kind: Hydra takes `no` for a text, which is true."""
+    loader = GlobalHydra.instance().config_loader()
+    groups, keys = [], []
+    for override in overrides:
+        is_group = bool(_all_options(loader, override.key_or_group))
+        (groups if is_group else keys).append(override)
+    defaults = compose(config_name, overrides=[_first_of_sweep(override) for override in groups])
+    for override in keys:
+        key = override.key_or_group
+        try:
+            default, value = (OmegaConf.select(config, key) for config in (defaults, composed))
+        except OmegaConfBaseException:
+            continue  # of an interpolation, which tells of itself where it is needed
+        if isinstance(default, bool):
+            wrong = None if isinstance(value, bool) or value is None else "true or false"
+        else:  # a number may stand for a list of equal ones, and a list for a number
+            asked = {int: "a number", float: "a number", ListConfig: "a list, as [a,b]"}
+            wrong = asked.get(type(default)) if isinstance(value, str) else None
+        if wrong:
+            raise UserError(f"{key}={value}: give {wrong}")
 
 
 def _first_of_sweep(override: Override) -> str:

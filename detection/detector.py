@@ -111,6 +111,8 @@ class Detector:
         Args:
             images: read in that thread; may be endless.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         waiting = iter(images)
 
         def read() -> tuple[Image.Image, Tensor] | None:

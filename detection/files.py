@@ -5,6 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
+
+from detection.errors import UserError
+
+
+def check_folder(path: str | Path) -> None:
+    """See that a command can write to a folder, before the work whose results go there.
+
+    Raises:
+        UserError: where it cannot be made, or nothing can be written there.
+    """
+    folder = Path(path)
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+        if is_new:
+            folder.rmdir()
+    except OSError as error:
+        raise UserError(f"output={path}: cannot write there: {error.strerror}") from error
 
 
 @contextmanager

@@ -111,6 +111,8 @@ class OnnxDetector:
         Returns:
             For each image its detections, best first.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         waiting = iter([images] if isinstance(images, ImageLike) else images)
         found: list[ArrayDetections] = []
         while pictures := open_images(list(islice(waiting, batch_size))):

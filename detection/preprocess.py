@@ -151,4 +151,9 @@ class Letterbox(Preprocess):
 
 
 def _of_channels(value: float | Sequence[float]) -> list[float]:
-    return [value] * 3 if isinstance(value, (int, float)) else list(value)
+    values: list[float] = [value] * 3 if isinstance(value, (int, float)) else list(value)
+    if len(values) != 3:
+        raise ValueError(
+            f"mean and std are one number, or one for each of 3 channels, not {values}"
+        )
+    return values

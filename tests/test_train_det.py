@@ -451,7 +451,35 @@ def test_nothing_is_written_where_the_data_is_wrong(run: Callable[..., Path], tm
         run("trainer.num_micro_batches=3")
     with pytest.raises(UserError, match="sync_batch_norm=true works on GPUs only"):
         run("trainer.sync_batch_norm=true")
+    for word, answer in (
+        ("evaluation.batch_size=0", r"evaluation\.batch_size=0: give a whole number from 1 on"),
+        ("seed=null", "seed=None: give a whole number"),
+        ("seed=99999999999999999999", "below 2"),
+        ("trainer.device=mps", "device=mps: give auto, cpu, cuda"),
+        ("data.augmentation.multi_scale=96", "multi_scale=96: it is null, or"),
+        ("data.augmentation.crop_areas=[0.5]", r"crop_areas=\[0\.5\]: it is \[least,most\]"),
+        ("optimizer.betas=[0.9]", "AdamW: "),
+        ("model.preprocess.mean=[0,0]", "one for each of 3 channels, not"),
+    ):
+        with pytest.raises(UserError, match=answer):
+            run(word, "optimizer=adamw")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_run_folder_is_one_line(run: Callable[..., Path]):
+    folder = run("trainer.steps=1")
+    (folder / "detections.json").unlink()
+    with pytest.raises(UserError, match=r"cannot read .*detections\.json.* evaluate its best\.pt"):
+        run("resume=true")
+    for text in ("", "a: [", "a: 1"):
+        (folder / "config.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"cannot read .*config\.yaml"):
+            run("resume=true")
+
+
+def test_a_network_that_diverged_is_one_line(run: Callable[..., Path]):
+    with pytest.raises(UserError, match=r"loss on these images is nan: .*lower optimizer\.lr"):
+        run("trainer.steps=1", "optimizer=sgd", "optimizer.lr=1e38", "schedule.warmup_steps=0")
 
 
 def test_another_seed_gives_other_weights(

@@ -129,6 +129,11 @@ def test_a_split_beside_its_ground_truth(draw: Callable[..., list[Path]], traine
         (["source=/no/such/file.jpg"], "does not exist"),
         (["source=null", "format=gif"], "give jpg or png"),
         (["checkpoint=null"], "checkpoint is not set"),
+        (["batch_size=0"], "batch_size=0: give at least 1"),
+        (["max_images=-1"], "max_images=-1: give at least 1, or null"),
+        (["source=0", "routing=true"], "routing=true is of a split"),
+        (["source=null", "save_json=true"], "save_json=true is of a source"),
+        (["output=/dev/null/x"], r"output=/dev/null/x: cannot write there"),
         (["device=cuda:7"], "GPU 7 is not there"),
     ],
 )

@@ -117,6 +117,7 @@ def check_split(
     for category, count in zip(index.categories, counts, strict=True):
         per_class[category.name] += count
     faults = [
+        *([] if len(boxes) else [Fault("no boxes to find", 1, (index.annotations_file.name,))]),
         *(fault for kind, cases in problems.items() for fault in _gather(kind, cases)),
         *_find_faults(index, others, show_progress),
     ]

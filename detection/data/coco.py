@@ -84,10 +84,13 @@ class CocoIndex:
 
     def describe(self) -> list[str]:
         """A printable line for each kind of problem."""
-        return [
+        lines = [
             f"{self.annotations_file.name}: {kind}: {count} (first: {self.first_cases[kind]})"
             for kind, count in self.problems.items()
         ]
+        if not len(self._content["labels"]):
+            lines.append(f"{self.annotations_file.name}: there are no boxes to find")
+        return lines
 
     def ground_truth(self) -> dict[str, Any]:
         """The split as a COCO dict for pycocotools.

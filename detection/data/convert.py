@@ -289,12 +289,26 @@ def _read_content(options: argparse.Namespace, problems: Problems) -> dict[str, 
 
 
 def _write(content: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
     names = {category["id"]: category["name"] for category in content["categories"]}
     counts = Counter(names.get(own["category_id"]) for own in content["annotations"])
     boxes = ", ".join(f"{name} {counts[name]}" for name in names.values())
     print(f"{path}: {len(content['images'])} images, {len(content['annotations'])} boxes: {boxes}")
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    if not 0 < options.val_share < 1:
+        raise UserError(f"--val-share {options.val_share}: give a share between 0 and 1")
+    paths = [options.output, options.val_output]
+    if options.format == "coco":
+        paths.append(options.annotations)
+    given = [path.resolve() for path in paths if path]
+    if len(set(given)) < len(given):
+        raise UserError("--output, --val-output and what is read must be different files")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -322,6 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     problems = Problems()
     try:
+        _check_outputs(options)
         content = _read_content(options, problems)
         if options.list:
             listed = _read_list(options.list)

@@ -180,12 +180,14 @@ class TrainTransform:
                 raise UserError(f"augmentation.{name}={probability}: it is a probability, 0 to 1")
         if max_boxes < 1:
             raise UserError(f"augmentation.max_boxes={max_boxes}: it is at least 1")
-        for name, (least, most) in (
+        for name, ends in (
             ("crop_areas", crop_areas),
             ("crop_aspect_ratios", crop_aspect_ratios),
         ):
-            if not 0 < least <= most:
-                raise UserError(f"augmentation.{name}=[{least},{most}]: it is 0 < least <= most")
+            if len(ends) != 2 or not 0 < ends[0] <= ends[1]:
+                raise UserError(
+                    f"augmentation.{name}={list(ends)}: it is [least,most], 0 < least <= most"
+                )
         ssd_crop = RandomObjectCoverageCrop(
             areas=(crop_areas[0], crop_areas[1]),
             aspect_ratios=(crop_aspect_ratios[0], crop_aspect_ratios[1]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -66,7 +67,7 @@ def evaluate(
         None, in every process, where any was told to stop.
 
     Raises:
-        UserError: where the folder of the images has vanished.
+        UserError: where the folder of the images has vanished, or a loss is not finite.
     """
     transform = EvalTransform(resize=detector.preprocess.for_loading().resize)
     dataset = DetectionDataset(index, transform, seed=0, training=False)
@@ -112,7 +113,14 @@ def evaluate(
     if processes.is_main:
         _warn_of_unreadable([name for share in shares for name in share[2]])
         metrics = evaluator.evaluate(results) | _mean_losses([share[1] for share in shares])
-    return Evaluation(processes.share(metrics), results)
+    found = Evaluation(processes.share(metrics), results)
+    broken = [name for name, value in found.scalars.items() if not math.isfinite(value)]
+    if broken:
+        raise UserError(
+            f"the network's {broken[0]} on these images is {found.scalars[broken[0]]}: it has "
+            "diverged (lower optimizer.lr), or its weights are damaged"
+        )
+    return found
 
 
 def evaluate_exported(

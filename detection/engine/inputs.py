@@ -113,10 +113,11 @@ class TrainingInputs:
 
 
 def _list_sizes(multi_scale: Sequence[int]) -> list[int]:
-    whole = all(isinstance(value, int) for value in multi_scale)
+    is_list = isinstance(multi_scale, Sequence)
+    whole = is_list and all(isinstance(value, int) for value in multi_scale)
     if not whole or len(multi_scale) != 3 or not 0 < multi_scale[0] <= multi_scale[1]:
         raise UserError(
-            f"augmentation.multi_scale={list(multi_scale)}: it is null, or [least,most,step], "
+            f"augmentation.multi_scale={multi_scale}: it is null, or [least,most,step], "
             "whole pixels with 0 < least <= most"
         )
     least, most, step = multi_scale

@@ -157,8 +157,10 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"device={device}: give auto, cpu, cuda or cuda:N") from error
-    if chosen.type != "cuda":
+    if chosen.type == "cpu":
         return chosen
+    if chosen.type != "cuda":
+        raise UserError(f"device={device}: give auto, cpu, cuda or cuda:N")
     index = local_rank if chosen.index is None else chosen.index
     if index >= torch.cuda.device_count():
         raise UserError(

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -137,13 +138,17 @@ class RunFolder:
             UserError: where no run lies there.
         """
         try:
-            return OmegaConf.load(self.config)
+            config = OmegaConf.load(self.config)
+            if "model" not in config or "trainer" not in config:
+                raise ValueError("it is no config of a run")
+            return config
         except FileNotFoundError as error:
             raise UserError(
                 f"resume=true, but {self.config} is not there: give the run_dir of a run"
             ) from error
-        except (OSError, OmegaConfBaseException, ValueError) as error:
-            raise UserError(f"cannot read {self.config}: {error}") from error
+        except (OSError, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"cannot read {self.config}: {reason}") from error
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
@@ -171,8 +176,18 @@ class RunFolder:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file of a run folder."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The content of a JSON file of a run folder.
+
+    Raises:
+        UserError: where it is not there, or is none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read {path}, which the run wrote at its best evaluation: evaluate its "
+            "best.pt with eval_det.py instead"
+        ) from error
 
 
 def start_logging(console: Console, log_file: Path | None, *, is_main: bool = True) -> None:

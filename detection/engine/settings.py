@@ -14,6 +14,22 @@ from detection.errors import UserError
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
+def check_evaluation(config: Mapping[str, Any]) -> None:
+    """See that the numbers of an `evaluation` section are in range.
+
+    Raises:
+        UserError: naming the key and what it takes.
+    """
+    for name, least in (("batch_size", 1), ("num_workers", 0), ("num_pictures", 0)):
+        if not isinstance(config[name], int) or config[name] < least:
+            raise UserError(
+                f"evaluation.{name}={config[name]}: give a whole number from {least} on"
+            )
+    threshold = config["picture_score_threshold"]
+    if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+        raise UserError(f"evaluation.picture_score_threshold={threshold}: give one from 0 to 1")
+
+
 @dataclass(kw_only=True)
 class TrainerSettings:
     """How to train, counted in optimizer steps.

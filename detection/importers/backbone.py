@@ -94,7 +94,10 @@ def read_state(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"cannot read {path}, it is damaged or holds no weights: {reason}"
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no weights by name, but a {type(content).__name__}")
     return content

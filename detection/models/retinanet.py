@@ -62,6 +62,11 @@ class RetinaNet(AnchorNetwork):
         code_weights: CodeWeights = (1.0, 1.0, 1.0, 1.0),
     ) -> None:
         super().__init__()
+        if len(code_weights) != 4 or not all(ratio > 0 for ratio in anchor_ratios):
+            raise ValueError(
+                f"it takes four code_weights and anchor_ratios above 0, got {tuple(code_weights)} "
+                f"and {tuple(anchor_ratios)}"
+            )
         self.num_classes = num_classes
         self.input_size = input_size
         self.anchor_scale = anchor_scale

@@ -75,10 +75,32 @@ def test_a_misspelt_word_is_answered_with_the_nearest(word: str, answer: str):
         ["data=coco", "data.root=/x", "data.val.ids=f"],
         ["trainer.steps=1,2", "seed=range(3)"],
         ["+hydra.job.name=x", "~logger"],
+        ["model.preprocess.mean=[1,2,3]", "model.preprocess.std=1", "trainer.ema_decay=null"],
     ],
 )
 def test_right_words_pass(words: list[str]):
     check_overrides("train", words)
+
+
+@pytest.mark.parametrize(
+    ("config", "word", "answer"),
+    [
+        ("export", "specialize=no", "specialize=no: give true or false"),
+        ("train", "resume=off", "resume=off: give true or false"),
+        ("train", "model.extras.separable=maybe", "separable=maybe: give true or false"),
+        ("train", "optimizer.lr=abc", r"optimizer\.lr=abc: give a number"),
+        ("visualize", "score_threshold=abc", "score_threshold=abc: give a number"),
+        ("train", "optimizer.betas=abc", r"optimizer\.betas=abc: give a list"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(config: str, word: str, answer: str):
+    with pytest.raises(UserError, match=answer):
+        check_overrides(config, [word])
+
+
+def test_several_values_need_multirun():
+    with pytest.raises(UserError, match="seed=1,2: several values are a sweep: add --multirun"):
+        check_overrides("train", ["seed=1,2"], sweeps=False)
 
 
 def test_only_what_overrides_name_is_laid_over():

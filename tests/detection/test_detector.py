@@ -65,6 +65,8 @@ def test_images_that_cannot_be_read(detector: Detector, tmp_path: Path):
     (tmp_path / "a.jpg").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"cannot read .*a\.jpg"):
         detector.predict(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        detector.predict(noise(8, 8, 0), batch_size=0)
     with pytest.raises(UserError, match="must be uint8"):
         detector.predict(np.zeros((8, 8, 3), np.float32))
 

@@ -93,6 +93,8 @@ def test_every_kind_of_image(tmp_path: Path) -> None:
     assert len(detector.predict(kinds)) == 4
     assert len(detector.predict(str(tmp_path / "a.png"), score_threshold=0.6)[0].scores) == 1
     assert detector.predict([]) == []
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        detector.predict(kinds, batch_size=0)
     with pytest.raises(UserError, match=r"cannot read none\.jpg"):
         detector.predict("none.jpg")
 

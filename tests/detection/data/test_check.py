@@ -82,7 +82,7 @@ def test_a_clean_split(content: dict[str, Any], check: Callable[..., Any]):
 def test_a_split_without_boxes(content: dict[str, Any], check: Callable[..., Any]):
     content["annotations"] = []
     status, _, report = check(content)
-    assert status == 0
+    assert status == 1 and faults(report) == {"no boxes to find": 1}
     assert report["num_images_without_boxes"] == 4 and report["boxes_per_side"] == {}
 
 

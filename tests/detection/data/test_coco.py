@@ -156,6 +156,7 @@ def test_unknown_references_are_counted(folder: Path, content: dict[str, Any]):
     assert [line.partition(": ")[2] for line in index.describe()] == [
         "annotations of unknown images, dropped: 1 (first: annotation 1, image 99)",
         "annotations of unknown categories, dropped: 2 (first: annotation 3, category [1])",
+        "there are no boxes to find",
     ]
 
 

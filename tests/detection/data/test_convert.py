@@ -230,6 +230,9 @@ def test_mistakes(voc: list[str], tmp_path: Path) -> None:
         (["coco", "--annotations", "/no"], "is no COCO JSON"),
         ([*voc, "--list", "/no"], "cannot be read"),
         ([*voc[:-1], str(tmp_path / "images")], "holds no XML files"),
+        ([*voc, "--val-output", str(tmp_path / "v"), "--val-share", "20"], "a share between 0"),
+        ([*voc, "--val-output", str(tmp_path / "new" / "all.json")], "must be different files"),
+        ([*voc, "--val-output", "/dev/null/v.json"], "cannot write /dev/null/v.json"),
     ):
         with pytest.raises(SystemExit, match=f"error: .*{answer}"):
             convert(tmp_path, *arguments)

@@ -561,10 +561,9 @@ def test_two_processes_give_the_losses_of_one_also_after_a_fall_back(
     assert expected[-1]["AP"] == pytest.approx(found[-1]["AP"], abs=1e-6)
 
 
-@pytest.mark.parametrize("ema_decay", ["null", "0.5"])
-def test_two_processes_measure_what_they_save(start: Callable[..., Run], ema_decay: str):
+def test_two_processes_measure_what_they_save(start: Callable[..., Run]):
     """Batch norm's statistics are each process's own, and those of one are saved."""
-    options = [f"trainer.ema_decay={ema_decay}", "evaluation.batch_size=1", "trainer.steps=4"]
+    options = ["trainer.ema_decay=0.5", "evaluation.batch_size=1", "trainer.steps=4"]
     run = start(*options, "optimizer.lr=0.01", "schedule=constant", num_processes=2)
     assert run.wait() == [0, 0], run.printed()
     output = run.folder / "again"
