@@ -62,7 +62,7 @@ def run_script(job: Callable[[DictConfig], object], *, config_name: str) -> None
     if not {"--help", "-h", "--hydra-help", "--version"} & set(arguments):
         try:
             words = [word for word in arguments if not word.startswith("-")]
-            sweeps = bool({"--multirun", "-m"} & set(arguments))
+            sweeps = bool({"--multirun", "-m", "hydra.mode=MULTIRUN"} & set(arguments))
             check_overrides(config_name, words, sweeps=sweeps)
         except UserError as error:
             fail(error)
