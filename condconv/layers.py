@@ -65,7 +65,15 @@ class Router(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, E) in (0, 1)."""
+        """x (B, C, H, W) -> (B, E) in (0, 1).
+
+        Raises:
+            ValueError: where x has another shape.
+        """
+        if x.dim() != 4 or x.shape[1] != self.linear.in_features:
+            raise ValueError(
+                f"x must be (B, {self.linear.in_features}, H, W), got {tuple(x.shape)}"
+            )
         dtype = torch.promote_types(self.linear.weight.dtype, torch.float32)
         with disable_autocast(x):
             pooled = x.mean(dim=(2, 3), dtype=dtype)
@@ -99,8 +107,10 @@ class CondConv2d(nn.Module):
         num_experts: int,
     ) -> None:
         super().__init__()
-        if num_experts < 1:
-            raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+        if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
+            raise ValueError(f"num_experts must be a whole number from 1 on, got {num_experts!r}")
+        if min(pair(kernel_size)) < 1:
+            raise ValueError(f"kernel_size must be at least 1, got {kernel_size}")
         if in_channels % groups or out_channels % groups:
             raise ValueError(
                 f"{in_channels} input and {out_channels} output channels "

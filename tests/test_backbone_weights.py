@@ -70,3 +70,8 @@ def test_weights_that_do_not_fit_stop_before_the_run_folder(
     with pytest.raises(UserError, match="absent"):
         run(f"backbone_weights={tmp_path / 'absent.npz'}")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_a_detector_is_told_apart(run: Callable[..., Path], trained: Path):
+    with pytest.raises(UserError, match=r"a checkpoint of a whole detector: give model\.weights="):
+        run("trainer.steps=1", f"backbone_weights={trained / 'checkpoints' / 'best.pt'}")

@@ -56,7 +56,7 @@ def load_backbone(
     elif source == PRETRAINED:
         state = load_timm_mobilenet_v1(_download_timm("mobilenetv1_100"))
     elif Path(source).suffix in (".pt", ".pth"):
-        state = load_timm_mobilenet_v1(read_state(source))
+        state = load_timm_mobilenet_v1(_read_backbone_state(source))
     else:
         state = load_slim_mobilenet_v1(read_variables(source))
     load_static_weights(backbone, state, delta=delta, generator=generator)
@@ -103,6 +103,13 @@ def read_state(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def _read_backbone_state(path: str | Path) -> dict[str, Tensor]:
+    state = read_state(path)
+    if "categories" in state:
+        raise UserError(f"{path} is a checkpoint of a whole detector: give model.weights={path}")
+    return state
+
+
 def _download_timm(name: str) -> dict[str, Tensor]:
     try:
         return create_timm(name, pretrained=True).state_dict()
@@ -114,7 +121,7 @@ def _read_torchvision(name: str, source: str | Path) -> dict[str, Tensor]:
     if source == PRETRAINED:
         state = fetch_state(get_model_weights(name)["DEFAULT"])
     else:
-        state = read_state(source)
+        state = _read_backbone_state(source)
     return {f"network.{key}": tensor for key, tensor in state.items() if not key.startswith("fc.")}
 
 
@@ -125,7 +132,9 @@ def _read_timm(backbone: TimmBackbone, source: str | Path) -> dict[str, Tensor]:
         whole = create_timm(backbone.name)
         head = f"{whole.pretrained_cfg['classifier']}."
         own = {key: t for key, t in whole.state_dict().items() if key.startswith(head)}
-        body = {key: t for key, t in read_state(source).items() if not key.startswith(head)}
+        body = {
+            key: t for key, t in _read_backbone_state(source).items() if not key.startswith(head)
+        }
         load_weights(whole, body | own)
         options["pretrained_cfg_overlay"] = {"state_dict": whole.state_dict()}
     try:

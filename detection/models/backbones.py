@@ -261,9 +261,10 @@ def check_strides(name: str, available: Iterable[int], strides: Sequence[int]) -
     known = sorted(set(available))
     absent = [stride for stride in strides if stride not in known]
     if absent or not strides or list(strides) != sorted(set(strides)):
+        order = "" if absent or not strides else "; give them ascending, each once"
         raise ValueError(
             f"{name} has feature maps of the strides {', '.join(map(str, known))}: it cannot give "
-            f"{', '.join(map(str, strides)) or 'none'}"
+            f"{', '.join(map(str, strides)) or 'none'}{order}"
         )
 
 

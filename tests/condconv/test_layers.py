@@ -216,11 +216,20 @@ def test_same_convolution_pads_like_tensorflow() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
+        ({"num_experts": 0}, "num_experts must be a whole number from 1 on, got 0"),
+        ({"num_experts": True}, "num_experts must be a whole number from 1 on, got True"),
+        ({"num_experts": 1.5}, r"num_experts must be a whole number from 1 on, got 1\.5"),
+        ({"num_experts": 2, "kernel_size": 0}, "kernel_size must be at least 1, got 0"),
         ({"num_experts": 2, "groups": 3}, "4 input and 8 output channels cannot be split into 3"),
         ({"num_experts": 2, "padding": "full"}, "padding must be .* got 'full'"),
     ],
 )
 def test_impossible_layers_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        CondConv2d(4, 8, 3, **arguments)
+        CondConv2d(**{"in_channels": 4, "out_channels": 8, "kernel_size": 3} | arguments)
+
+
+@pytest.mark.parametrize("size", [(4, 9, 8), (2, 5, 9, 8)])
+def test_a_router_names_the_shape_that_it_takes(size: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"x must be \(B, 4, H, W\), got \("):
+        RoutedCondConv2d(4, 8, 3, num_experts=2)(torch.zeros(size))

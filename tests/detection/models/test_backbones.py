@@ -174,7 +174,7 @@ def test_nothing_is_frozen_by_default(kind: str) -> None:
     ("make", "reason"),
     [
         (lambda: MobileNetV1(strides=(16, 64)), "strides 2, 4, 8, 16, 32: it cannot give 16, 64"),
-        (lambda: MobileNetV1(strides=(32, 16)), "cannot give 32, 16"),
+        (lambda: MobileNetV1(strides=(32, 16)), "cannot give 32, 16; give them ascending"),
         (lambda: TorchvisionResNet("resnet18", strides=()), "cannot give none"),
         (lambda: TorchvisionResNet("vgg16"), "no ResNet of torchvision"),
         (lambda: TorchvisionResNet("resnet19"), "resnet19"),
