@@ -130,10 +130,10 @@ def assert_computes_the_same(
     ("format", "model"),
     [
         ("onnx", "ssd"),
-        ("onnx", "odd_ssd"),
         *(
             pytest.param(format, model, marks=pytest.mark.slow)
             for format, model in [
+                ("onnx", "odd_ssd"),
                 ("openvino", "ssd"),
                 ("torch_export", "ssd"),
                 ("onnx", "fpnlite"),
@@ -212,7 +212,7 @@ def test_suppression_in_onnx(postprocess: Postprocess, tmp_path: Path) -> None:
         ("openvino", "static_ssd"),
         ("torch_export", "static_ssd"),
         ("onnx", "ssd"),
-        ("onnx", "static_fpnlite"),
+        pytest.param("onnx", "static_fpnlite", marks=pytest.mark.slow),
         ("onnx", "fpnlite"),
     ],
 )
@@ -232,6 +232,7 @@ def test_raw_outputs_of_normalised_images(
         assert scores.std() > 0.02
 
 
+@pytest.mark.slow
 def test_a_specialised_pyramid_is_the_static_one(
     export_model: Export, photographs: Photographs
 ) -> None:

@@ -135,7 +135,11 @@ def test_no_readable_image(
 
 
 @pytest.mark.parametrize(
-    "overrides", [["quantize_experts=true"], ["quantize_experts=false", "images=float32"]]
+    "overrides",
+    [
+        ["quantize_experts=true"],
+        pytest.param(["quantize_experts=false", "images=float32"], marks=pytest.mark.slow),
+    ],
 )
 def test_quantised_with_what_it_costs(
     overrides: list[str],
