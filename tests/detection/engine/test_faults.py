@@ -538,7 +538,11 @@ def read_environment(pid: int) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
-@pytest.mark.parametrize("options", [[], ON_DEVICE], ids=["plain", "on the device"])
+@pytest.mark.parametrize(
+    "options",
+    [[], pytest.param(ON_DEVICE, marks=pytest.mark.slow)],
+    ids=["plain", "on the device"],
+)
 def test_two_processes_give_the_losses_of_one_also_after_a_fall_back(
     start: Callable[..., Run], run: Callable[..., Path], options: list[str]
 ):

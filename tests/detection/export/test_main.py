@@ -59,7 +59,11 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("format", "suffixes"),
-    [("onnx", [".onnx"]), ("openvino", [".bin", ".xml"]), ("torch_export", [".pt2"])],
+    [
+        ("onnx", [".onnx"]),
+        ("openvino", [".bin", ".xml"]),
+        pytest.param("torch_export", [".pt2"], marks=pytest.mark.slow),
+    ],
 )
 def test_the_command(
     format: str,
