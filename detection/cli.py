@@ -128,6 +128,8 @@ def _check_types(config_name: str, overrides: list[Override], composed: DictConf
     for override in overrides:
         is_group = bool(_all_options(loader, override.key_or_group))
         (groups if is_group else keys).append(override)
+    if not keys:
+        return
     defaults = compose(config_name, overrides=[_first_of_sweep(override) for override in groups])
     for override in keys:
         key = override.key_or_group

@@ -184,16 +184,24 @@ def test_an_unreadable_image_is_named(
     assert metrics["AP"] == 0
 
 
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [
+        ("weights=emma", "weights=emma: give one of ema, model"),
+        ("evaluation.batch_size=0", r"evaluation\.batch_size=0: give a whole number from 1 on"),
+        ("evaluation.num_workers=-1", r"num_workers=-1: give a whole number from 0 on"),
+        ("evaluation.picture_score_threshold=5", "picture_score_threshold=5: give one from 0"),
+        ("report_images=0", "report_images=0: give at least 1"),
+    ],
+)
+def test_options_are_checked_before_files(
+    evaluate: Callable[..., dict[str, Any]], override: str, answer: str
+):
+    with pytest.raises(UserError, match=answer):
+        evaluate("checkpoint=none.pt", override)
+
+
 def test_files_that_are_no_checkpoints(evaluate: Callable[..., dict[str, Any]], tmp_path: Path):
-    for overrides, answer in (
-        (["weights=emma"], "weights=emma: give one of ema, model"),
-        (["evaluation.batch_size=0"], r"evaluation\.batch_size=0: give a whole number from 1 on"),
-        (["evaluation.num_workers=-1"], r"num_workers=-1: give a whole number from 0 on"),
-        (["evaluation.picture_score_threshold=5"], "picture_score_threshold=5: give one from 0"),
-        (["report_images=0"], "report_images=0: give at least 1"),
-    ):
-        with pytest.raises(UserError, match=answer):
-            evaluate("checkpoint=none.pt", *overrides)
     with pytest.raises(UserError, match="checkpoint is not set"):
         evaluate()
     with pytest.raises(UserError, match="no such checkpoint file"):
