@@ -48,6 +48,7 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
     from detection.data.sources import find_split, load_split
     from detection.detector import Detector
     from detection.engine.evaluate import evaluate, evaluate_exported
+    from detection.engine.memory import keep_freed_memory
     from detection.engine.processes import join_processes
     from detection.engine.run_folder import LOGGER, start_logging
     from detection.engine.settings import check_evaluation
@@ -82,6 +83,8 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
     source, _ = split_data(find_data(content, first))
 
     with join_processes(content["device"]) as processes:
+        if processes.device.type == "cpu":
+            keep_freed_memory()
         index = processes.first_then_others(
             lambda: load_split(find_split(build(source), content["split"]))
         )

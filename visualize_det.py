@@ -41,6 +41,7 @@ def visualize(config: DictConfig) -> list[Path]:
     from detection.checkpoint import load_checkpoint, load_model, read_categories
     from detection.data.sources import find_split, load_split
     from detection.detector import Detector
+    from detection.engine.memory import keep_freed_memory
     from detection.engine.processes import choose_device
     from detection.engine.run_folder import start_logging
     from detection.errors import UserError
@@ -62,10 +63,11 @@ def visualize(config: DictConfig) -> list[Path]:
         raise UserError("save_json=true is of a source: give source=; eval_det.py is for a split")
     check_folder(content["output"])
     start_logging(Console(), None)
+    device = choose_device(content["device"])
+    if device.type == "cpu":
+        keep_freed_memory()
     checkpoint = load_checkpoint(content["checkpoint"])
-    detector = Detector(
-        load_model(checkpoint), read_categories(checkpoint), choose_device(content["device"])
-    )
+    detector = Detector(load_model(checkpoint), read_categories(checkpoint), device)
     if content["source"] is not None:
         return _draw_source(detector, content)
     source, _ = split_data(find_data(content, checkpoint))

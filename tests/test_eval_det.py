@@ -51,6 +51,15 @@ def test_the_best_checkpoint_gives_the_metrics_of_its_run(
         assert (tmp_path / "out" / name).exists()
 
 
+def test_memory_of_a_batch_is_kept_for_the_next(
+    trained: Path, evaluate: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[bool] = []
+    monkeypatch.setattr("detection.engine.memory.keep_freed_memory", lambda: asked.append(True))
+    evaluate(f"checkpoint={trained / 'checkpoints' / 'best.pt'}", "device=cpu")
+    assert asked == [True]
+
+
 def test_the_weights_and_the_split_can_be_chosen(
     trained: Path, evaluate: Callable[..., dict[str, Any]]
 ):

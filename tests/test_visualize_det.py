@@ -42,10 +42,15 @@ def save_noise(path: Path, size: tuple[int, int]) -> Path:
     return path
 
 
-def test_an_image(draw: Callable[..., list[Path]], tmp_path: Path):
+def test_an_image(
+    draw: Callable[..., list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[bool] = []
+    monkeypatch.setattr("detection.engine.memory.keep_freed_memory", lambda: asked.append(True))
     (picture,) = draw(f"source={save_noise(tmp_path / 'a.jpg', (500, 400))}")
     assert picture == tmp_path / "out" / "a.jpg"
     assert Image.open(picture).size == (500, 400)
+    assert asked == [True]
 
 
 def test_a_folder_with_json(draw: Callable[..., list[Path]], tmp_path: Path):
