@@ -6,6 +6,7 @@ Shapes: B batch, E experts, C input channels, O output channels.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Container, Mapping, Set
 from functools import cache
 from typing import Any
@@ -15,7 +16,21 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from condconv.geometry import Padding, pair
-from condconv.layers import CondConv2d, Conv2dSame, RoutedCondConv2d, Router
+from condconv.layers import (
+    CondConv2d,
+    Conv2dSame,
+    RoutedCondConv2d,
+    Router,
+    check_num_experts,
+)
+
+# Where modules are from that tell no number of channels and give as many as they take.
+KEEP_CHANNELS = (
+    *(f"torch.nn.modules.{kind}" for kind in ("activation", "container", "dropout", "pooling")),
+    "torch.nn.modules.linear",  # Identity: the others are matrix products of vectors
+    "torch.nn.modules.padding",
+    "timm.layers.activations",
+)
 
 
 def convert_to_condconv(
@@ -55,8 +70,7 @@ def convert_to_condconv(
         ValueError: for an argument out of range, where nothing is picked, or naming what cannot be
             converted. Nothing has changed then.
     """
-    if num_experts < 1:
-        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+    check_num_experts(num_experts)
     _check_delta(delta)
     convolutions = {
         child: name
@@ -132,6 +146,7 @@ def spread_over_experts(
         state: the state dict of the static network of the same form.
         network: the conditional network; a static one gets the state as it is.
         delta: size of the differences relative to W / sqrt(E), per output channel; 0.1 to 0.5.
+            Where all of W is 0, relative to a W of the size 1 / sqrt(fan in).
         generator: of the differences; None takes the default one.
 
     Raises:
@@ -226,8 +241,14 @@ class SharedRouting(nn.Module):
     router: Router
     _forwards: dict[bool, Callable[[nn.Module, Tensor], Any]]
 
-    def forward(self, x: Tensor) -> Any:
-        return self._forwards[self.training](self, x)
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        if len(inputs) != 1 or options:
+            name = type(self).__bases__[1].__name__
+            raise TypeError(
+                f"{name} shares a routing and so takes its input alone, by position: leave it out "
+                "of `share_within`"
+            )
+        return self._forwards[self.training](self, inputs[0])
 
     def class_forward(self, x: Tensor) -> Any:
         """The forward of the block's own class: what is traced."""
@@ -287,6 +308,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.traced_func_name = "class_forward"
         self.opened = opened
+        self.modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -297,6 +319,17 @@ class _Tracer(fx.Tracer):
         if m in self.opened:
             return m.forward(*args, **kwargs)  # without its hooks, which take tensors
         return super().call_module(m, forward, args, kwargs)
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        if _modes() != self.modes:
+            raise ValueError("its forward sets autocast or gradients, which a trace leaves out")
+        return super().create_proxy(*args, **kwargs)
+
+
+def _modes() -> list[bool]:
+    """What a context may have set for the operations in it."""
+    autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
+    return [torch.is_grad_enabled(), *autocast]
 
 
 def _trace(block: SharedRouting, layers: Set[nn.Module]) -> dict[bool, fx.Graph]:
@@ -378,6 +411,8 @@ def _input_channels(block: nn.Module, convolutions: Set[nn.Module]) -> int:
     """Channels of a block's input; fails where its convolutions cannot share a routing."""
     if getattr(block, "router", None) is not None:
         raise ValueError("it has a router already")
+    if "forward" in vars(block):
+        raise ValueError("its forward is not that of its class")
     for name, child in block.named_modules():
         if (
             child is not block
@@ -388,7 +423,10 @@ def _input_channels(block: nn.Module, convolutions: Set[nn.Module]) -> int:
     # The same block under the other class: nothing of it is touched.
     view = _new_block(type(block))
     view.__dict__ = block.__dict__
+    randomness = torch.get_rng_state(), random.getstate()
     graphs = _trace(view, convolutions)
+    if not torch.get_rng_state().equal(randomness[0]) or random.getstate() != randomness[1]:
+        raise ValueError("its forward draws random numbers, which a trace would keep")
     called = {
         block.get_submodule(str(node.target))
         for graph in graphs.values()
@@ -402,13 +440,15 @@ def _input_channels(block: nn.Module, convolutions: Set[nn.Module]) -> int:
     unchanged = {nodes[0]}  # what has the channels of the input
     for node in nodes:
         if node.op == "call_module" and unchanged.issuperset(node.all_input_nodes):
-            for child in block.get_submodule(str(node.target)).modules():
+            children = list(block.get_submodule(str(node.target)).modules())
+            for child in children:
                 channels = getattr(child, "in_channels", None) or getattr(
                     child, "num_features", None
                 )
                 if channels:
                     return channels
-            unchanged.add(node)
+            if all(type(child).__module__.startswith(KEEP_CHANNELS) for child in children):
+                unchanged.add(node)
     raise ValueError("no convolution takes its whole input, which has to tell its channels")
 
 
@@ -495,7 +535,11 @@ def _spread(
     ).to(base.device)
     # One expert's share of a centred sum is a little less than the whole.
     noise = (noise - noise.mean(dim=0)) * math.sqrt(num_experts / (num_experts - 1))
-    size = base.flatten(1).square().mean(dim=1).sqrt() if base.dim() > 1 else base.abs()
+    size = base.abs()
+    if base.dim() > 1:
+        size = base.flatten(1).square().mean(dim=1).sqrt()
+        # Experts that are alike stay so: those of a layer of zeros, which is to learn, may not be.
+        size = torch.where(size.any(), size, 1 / math.sqrt(num_experts * base[0].numel()))
     experts = base + delta * noise * size.view(-1, *[1] * (base.dim() - 1))
     return experts.to(static.dtype)
 

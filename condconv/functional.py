@@ -62,18 +62,22 @@ def condconv2d(
         routing_weights = routing_weights.to(weight.dtype)
     stride, dilation = pair(stride), pair(dilation)
     channels_last = is_channels_last(x)
+    # What `torch.jit.trace` records has to hold for other batches, as an exported graph.
+    exports = torch.compiler.is_exporting() or torch.jit.is_tracing()
     with disable_autocast(x):
         if weight.shape[0] == 1 and strategy is None:
             # One expert: scaling the output is scaling the kernel.
             x, geometry = place(x, weight, stride, padding, dilation, groups)
             y = F.conv2d(x, weight[0].to(x.dtype), None, *geometry)
             y = y * routing_weights.to(x.dtype)[:, :, None, None]
-        elif not torch.compiler.is_compiling():
+        elif not (exports or torch.compiler.is_compiling()):
             x, geometry = place(x, weight, stride, padding, dilation, groups)
             strategy = strategy or choose_strategy(x, weight, geometry)
             y = execute(x, weight, routing_weights, geometry, strategy)
-        elif torch.compiler.is_exporting():
+        elif exports:
             x, geometry = place(x, weight, stride, padding, dilation, groups)
+            if torch.jit.is_tracing():  # numbers that depend on the size of x are tensors there
+                geometry = geometry._replace(padding=pair([int(size) for size in geometry.padding]))
             y = torch.ops.condconv.exported(x, weight, routing_weights, None, *geometry)
         else:
             same = padding == "same"
@@ -82,7 +86,7 @@ def condconv2d(
         if bias is not None:
             y = y + (routing_weights @ bias.to(weight.dtype)).to(y.dtype)[:, :, None, None]
     # A layout is not part of an exported graph, in which batch norm follows and is folded.
-    return y if torch.compiler.is_exporting() else lay_out(y, channels_last)
+    return y if exports else lay_out(y, channels_last)
 
 
 def _check_shapes(

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Self
+from numbers import Integral
+from typing import Any, Self
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,6 +50,22 @@ class Conv2dSame(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
+def route(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (B, C, H, W), weight (E, C), bias (E,) -> routing weights (B, E)."""
+    if x.dim() != 4 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x must be (B, {weight.shape[1]}, H, W), got {tuple(x.shape)}")
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    with disable_autocast(x):
+        pooled = x.mean(dim=(2, 3), dtype=dtype)
+        logits = F.linear(pooled, weight.to(dtype), bias.to(dtype))
+    return torch.sigmoid(logits)
+
+
+# Calls to a tracer of torch.fx, which cannot follow checks of shapes.
+for name in ("route", "condconv2d", "pad_input"):
+    torch.fx.wrap(name)
+
+
 class Router(nn.Module):
     """Routing weights of each example: sigmoid(Linear(global average pool(x))).
 
@@ -70,15 +88,12 @@ class Router(nn.Module):
         Raises:
             ValueError: where x has another shape.
         """
-        if x.dim() != 4 or x.shape[1] != self.linear.in_features:
-            raise ValueError(
-                f"x must be (B, {self.linear.in_features}, H, W), got {tuple(x.shape)}"
-            )
-        dtype = torch.promote_types(self.linear.weight.dtype, torch.float32)
-        with disable_autocast(x):
-            pooled = x.mean(dim=(2, 3), dtype=dtype)
-            logits = F.linear(pooled, self.linear.weight.to(dtype), self.linear.bias.to(dtype))
-        return torch.sigmoid(logits)
+        return route(x, self.linear.weight, self.linear.bias)
+
+
+def check_num_experts(num_experts: Any) -> None:
+    if isinstance(num_experts, bool) or not isinstance(num_experts, Integral) or num_experts < 1:
+        raise ValueError(f"num_experts must be a whole number from 1 on, got {num_experts!r}")
 
 
 class CondConv2d(nn.Module):
@@ -107,8 +122,9 @@ class CondConv2d(nn.Module):
         num_experts: int,
     ) -> None:
         super().__init__()
-        if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
-            raise ValueError(f"num_experts must be a whole number from 1 on, got {num_experts!r}")
+        check_num_experts(num_experts)
+        if groups < 1 or min(pair(stride)) < 1:
+            raise ValueError(f"groups and stride must be at least 1, got {groups} and {stride}")
         if min(pair(kernel_size)) < 1:
             raise ValueError(f"kernel_size must be at least 1, got {kernel_size}")
         if in_channels % groups or out_channels % groups:
@@ -160,10 +176,7 @@ class CondConv2d(nn.Module):
         # `Module.to(memory_format=torch.channels_last)` hands every 4-D and 5-D parameter to a
         # conversion that takes 4-D ones only. Mixing wants the kernels in a row in any case.
         def apply(tensor: Tensor) -> Tensor:
-            if tensor.dim() != 5:
-                return fn(tensor)
-            # Flat once, since strides of 1x1 kernels stay odd otherwise, which DDP warns of.
-            return fn(tensor.flatten(0, 1)).contiguous().flatten().view(tensor.shape)
+            return fn(tensor.flatten(1)).view(tensor.shape) if tensor.dim() == 5 else fn(tensor)
 
         return super()._apply(apply, recurse)
 

@@ -50,14 +50,16 @@ def choose_strategy(x: Tensor, weight: Tensor, geometry: Geometry) -> Strategy:
     """The strategy that measures fastest on a CPU for the shapes; elsewhere it was not measured."""
     if x.shape[0] <= 1:
         return "grouped"
-    if geometry.groups > 1:
+    is_pointwise = weight.shape[3:] == (1, 1)
+    # Products take less time than many groups, but for kernels of one element.
+    if geometry.groups > 1 and not (is_pointwise and weight.shape[2] > 1):
         # Examples side by side are channels first: the input would be copied, and the output back.
         in_turn = (
             is_channels_last(x) and x.is_cpu and x[0].numel() * x.element_size() >= MIN_LOOPED_BYTES
         )
         return "loop" if in_turn else "grouped"
     num_positions = math.prod(output_size(x, weight, geometry))
-    if weight.shape[3:] == (1, 1) or num_positions <= MAX_POSITIONS_PER_CHANNEL * weight.shape[1]:
+    if is_pointwise or num_positions <= MAX_POSITIONS_PER_CHANNEL * weight.shape[1]:
         return "matmul"
     num_bytes = x.shape[0] * weight[0].numel() * weight.element_size()
     if x.is_cpu and num_bytes > MAX_GROUPED_BYTES:
@@ -93,13 +95,15 @@ def _need_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _keeps_kernels(x: Tensor, weight: Tensor, strategy: Strategy) -> bool:
+def _keeps_kernels(x: Tensor, weight: Tensor, geometry: Geometry, strategy: Strategy) -> bool:
     """Whether to keep mixed kernels for the backward pass, or to mix them again.
 
     Where they take less than the input or the experts, which are there in any case, mixing again
-    saves little memory.
+    saves little memory; and on one position none are mixed.
     """
-    if strategy != "grouped":
+    if strategy == "matmul":
+        return geometry.groups == 1 and output_size(x, weight, geometry) == (1, 1)
+    if strategy == "loop":
         return False
     batch, num_experts = x.shape[0], weight.shape[0]
     return batch <= num_experts or batch * weight.numel() <= num_experts * x.numel()
@@ -110,7 +114,7 @@ def execute(
 ) -> Tensor:
     """`run_forward`, and where gradients are asked for, a backward pass that keeps few kernels."""
     inputs = (x, weight, routing_weights)
-    if _keeps_kernels(x, weight, strategy) or not _need_gradients(*inputs):
+    if _keeps_kernels(x, weight, geometry, strategy) or not _need_gradients(*inputs):
         return run_forward(*inputs, geometry, strategy)
     y = _Mixed.apply(*inputs, geometry, strategy)
     assert isinstance(y, Tensor)
@@ -308,6 +312,11 @@ def _scatter_patches(patches: Tensor, x: Tensor, weight: Tensor, geometry: Geome
 
 def _matmul(patches: Tensor, weight: Tensor, routing_weights: Tensor, groups: int) -> Tensor:
     """patches (B, G * K, L), weight (E, O, K), routing_weights (B, E), G -> (B, O, L)."""
+    if patches.shape[2] == groups == 1:
+        # Of every expert, the one output takes no more products than the kernel's mixing.
+        outputs = F.linear(patches[:, :, 0].to(weight.dtype), weight.flatten(0, 1))
+        y = torch.bmm(routing_weights[:, None], outputs.unflatten(1, weight.shape[:2]))
+        return y.to(patches.dtype).mT
     as_rows = _are_rows(patches)
     if _works_in_parts(patches, weight, routing_weights, groups=groups):
         y = _new_empty(patches, weight.shape[1], as_rows)

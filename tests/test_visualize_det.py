@@ -42,9 +42,7 @@ def save_noise(path: Path, size: tuple[int, int]) -> Path:
     return path
 
 
-def test_an_image(
-    draw: Callable[..., list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_image(draw: Callable[..., list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked: list[bool] = []
     monkeypatch.setattr("detection.engine.memory.keep_freed_memory", lambda: asked.append(True))
     (picture,) = draw(f"source={save_noise(tmp_path / 'a.jpg', (500, 400))}")

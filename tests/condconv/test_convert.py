@@ -524,7 +524,8 @@ def test_layers_that_cannot_be_converted(make: Callable[[], nn.Module], message:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
+        ({"num_experts": 0}, "num_experts must be a whole number from 1 on, got 0"),
+        ({"num_experts": "8"}, "num_experts must be a whole number from 1 on, got '8'"),
         ({"delta": 0.0}, "delta must be within 0.1 and 0.5, got 0.0"),
         ({"delta": 1.0}, "delta must be"),
         ({"delta": math.nan}, "delta must be"),
@@ -545,6 +546,7 @@ class Untraceable(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.inner = nn.Sequential(nn.Conv2d(4, 4, 1))
+        self.first = nn.PixelUnshuffle(2)
         self.kind = kind
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
@@ -554,6 +556,13 @@ class Untraceable(nn.Module):
             return self.inner(x.chunk(2, 1)[0])
         if self.kind == "weight":
             return F.conv2d(x, self.inner[0].weight)
+        if self.kind == "depth" and self.training and torch.rand(1).item() < 0.5:
+            return x
+        if self.kind == "precision":
+            with torch.autocast("cpu", enabled=not torch.is_autocast_enabled("cpu")):
+                return self.inner(x.float())
+        if self.kind == "unshuffle":
+            return self.inner(self.first(x))
         return self.inner(x)
 
 
@@ -565,6 +574,12 @@ class Needy(Untraceable):
 def routed_already() -> nn.Module:
     block = Untraceable("")
     block.router = nn.Identity()
+    return block
+
+
+def patched_block() -> nn.Module:
+    block = Untraceable("")
+    block.forward = lambda x: 2 * block.inner(x)
     return block
 
 
@@ -583,6 +598,10 @@ def hooked_inside() -> nn.Module:
         (lambda: Needy(""), "Needy '0' cannot share a routing: .*mask"),
         (routed_already, "has a router already"),
         (hooked_inside, "inner has hooks"),
+        (patched_block, "its forward is not that of its class"),
+        (lambda: Untraceable("depth"), "its forward draws random numbers"),
+        (lambda: Untraceable("precision"), "its forward sets autocast or gradients"),
+        (lambda: Untraceable("unshuffle"), "takes its whole input"),
     ],
 )
 def test_blocks_that_cannot_share_are_named(make: Callable[[], nn.Module], reason: str) -> None:
@@ -591,6 +610,25 @@ def test_blocks_that_cannot_share_are_named(make: Callable[[], nn.Module], reaso
     with pytest.raises(ValueError, match=reason):
         convert_to_condconv(network, 4, share_within=of(Untraceable))
     assert repr(network) == before and type(network[0]) in (Untraceable, Needy)
+
+
+def test_a_block_takes_its_input_alone() -> None:
+    network = nn.Sequential(Untraceable(""))
+    convert_to_condconv(network, 4, share_within=of(Untraceable))
+    x = torch.randn(2, 4, 3, 3)
+    for call in (lambda: network[0](x, x), lambda: network[0](x=x)):
+        with pytest.raises(TypeError, match="Untraceable shares a routing and so takes its input"):
+            call()
+
+
+def test_experts_of_a_kernel_of_zeros_differ() -> None:
+    convolution = nn.Conv2d(4, 6, 3, bias=False)
+    nn.init.zeros_(convolution.weight)
+    layer = convert_to_condconv(convolution, 4, delta=0.2)
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(layer(x), convolution(x), rtol=0, atol=1e-6)
+    expected = torch.tensor(0.2 / math.sqrt(4 * 36))
+    torch.testing.assert_close(layer.weight.std(), expected, rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize("training", [True, False])

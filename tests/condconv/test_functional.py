@@ -263,6 +263,16 @@ def test_mixed_kernels_are_kept_only_where_small(
     assert bool(sizes & {kernel_size, batch * kernel_size}) == (kept and strategy == "grouped")
 
 
+@pytest.mark.parametrize("kernel_size", [(1, 1), (3, 2)])
+def test_on_one_position_experts_are_applied_and_none_are_mixed(
+    monkeypatch: pytest.MonkeyPatch, kernel_size: tuple[int, int]
+) -> None:
+    case = make_case(batch=5, kernel_size=kernel_size, size=kernel_size)
+    monkeypatch.setattr(strategies, "mix", None)
+    monkeypatch.setattr(strategies, "_mix_into", None)
+    assert_equals_reference(case)
+
+
 @pytest.mark.usefixtures("_mixed_again")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("frozen", range(3))

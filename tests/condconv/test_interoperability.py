@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -15,6 +16,7 @@ from timm.models._efficientnet_blocks import CondConvResidual, InvertedResidual
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from condconv import CondConv2d, RoutedCondConv2d, accelerate_timm, convert_to_condconv
 from condconv.backbones.mobilenet_v1 import ConvNormAct, RoutedBlock
@@ -186,6 +188,22 @@ def test_torch_export() -> None:
     for size in (1, 3, 8):
         images = make_images(size)
         torch.testing.assert_close(exported.module()(images), network(images))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("traced_batch", [1, 2])
+def test_a_trace_of_torch_jit_holds_for_every_batch(traced_batch: int) -> None:
+    network = make_network().eval()
+    traced: Any = torch.jit.trace(network, make_images(traced_batch))
+    for size in (1, 2, 12):
+        images = make_images(size)
+        torch.testing.assert_close(traced(images), network(images))
+
+
+def test_features_are_extracted_by_torch_fx() -> None:
+    network, images = make_network().eval(), make_images(3)
+    extractor = create_feature_extractor(network, {"5": "y"}).eval()
+    torch.testing.assert_close(extractor(images)["y"], network[:6](images))
 
 
 def test_onnx(tmp_path: Path) -> None:

@@ -220,6 +220,8 @@ def test_same_convolution_pads_like_tensorflow() -> None:
         ({"num_experts": True}, "num_experts must be a whole number from 1 on, got True"),
         ({"num_experts": 1.5}, r"num_experts must be a whole number from 1 on, got 1\.5"),
         ({"num_experts": 2, "kernel_size": 0}, "kernel_size must be at least 1, got 0"),
+        ({"num_experts": 2, "groups": 0}, "groups and stride must be at least 1, got 0 and 1"),
+        ({"num_experts": 2, "stride": 0}, "groups and stride must be at least 1, got 1 and 0"),
         ({"num_experts": 2, "groups": 3}, "4 input and 8 output channels cannot be split into 3"),
         ({"num_experts": 2, "padding": "full"}, "padding must be .* got 'full'"),
     ],

@@ -37,6 +37,8 @@ def test_kernels_are_mixed_in_even_blocks_that_fit(monkeypatch: pytest.MonkeyPat
         (32, 3, 10, 1, "loop"),
         (32, 3, 8, 1, "matmul"),
         (32, 3, 19, 256, "grouped"),
+        (8, 1, 19, 8, "matmul"),
+        (8, 1, 19, 256, "grouped"),
         (1, 1, 19, 1, "grouped"),
     ],
 )
