@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condconv.autocast import disable_autocast, is_autocast_on
-from condconv.geometry import Padding, pad_input, pair, place
+from condconv.geometry import Padding, pair, place
 from condconv.operators import operator
 from condconv.strategies import Strategy, choose_strategy, execute, is_channels_last, lay_out
 
@@ -53,6 +53,8 @@ def condconv2d(
     _check_shapes(x, weight, routing_weights, bias, groups)
     if strategy is not None and strategy not in get_args(Strategy):
         raise ValueError(f"strategy must be one of {get_args(Strategy)}, got {strategy!r}")
+    if isinstance(padding, str) and padding not in ("same", "valid"):
+        raise ValueError(f'padding must be an int, a pair, "same" or "valid", got {padding!r}')
 
     if is_autocast_on(x) and x.is_floating_point() and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -81,7 +83,7 @@ def condconv2d(
             y = torch.ops.condconv.exported(x, weight, routing_weights, None, *geometry)
         else:
             same = padding == "same"
-            pads = (0, 0) if same else pad_input(x, (1, 1), stride, padding, dilation)[1]
+            pads = (0, 0) if isinstance(padding, str) else pair(padding)
             y = operator(x, weight, routing_weights, stride, pads, dilation, groups, same, strategy)
         if bias is not None:
             y = y + (routing_weights @ bias.to(weight.dtype)).to(y.dtype)[:, :, None, None]

@@ -51,16 +51,11 @@ def pad_input(
     Returns:
         (x, padding): convolving the returned x with the symmetric padding gives the asked result.
         x is copied only where "same" is not symmetric.
-
-    Raises:
-        ValueError: where `padding` is an unknown word.
     """
     if not isinstance(padding, str):
         return x, pair(padding)
     if padding == "valid":
         return x, (0, 0)
-    if padding != "same":
-        raise ValueError(f'padding must be an int, a pair, "same" or "valid", got {padding!r}')
     top, bottom = same_padding(x.shape[-2], kernel_size[0], stride[0], dilation[0])
     left, right = same_padding(x.shape[-1], kernel_size[1], stride[1], dilation[1])
     if top == bottom and left == right:
@@ -98,7 +93,7 @@ def place(
     """The input with what a convolution cannot pad itself, and how the kernels are applied to it.
 
     Raises:
-        ValueError: where `padding` is an unknown word, or the kernel is larger than the input.
+        ValueError: where the kernel is larger than the padded input.
     """
     x, pads = pad_input(x, (weight.shape[3], weight.shape[4]), stride, padding, dilation)
     geometry = Geometry(stride, pads, dilation, groups)

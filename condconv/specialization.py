@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condconv.convert import SharedRouting, replace_modules
+from condconv.convert import replace_modules
 from condconv.diagnostics import RoutingSummary, capture_routing, summarize_routing
 from condconv.geometry import pad_input
 from condconv.layers import CondConv2d, RoutedCondConv2d, Router
+from condconv.shared_routing import SharedRouting
 
 
 class FixedConv2d(nn.Conv2d):

@@ -28,8 +28,8 @@ MAX_POSITIONS_PER_CHANNEL = 1 / 4
 MAX_ROWS = 64  # output positions up to which products of rows pay: more are not worth a copy
 MAX_GROUPED_BYTES = 32 * 2**20  # of the batch's mixed kernels, up to which one convolution pays
 MIN_LOOPED_BYTES = 2**18  # of an example's input, from which a copy of it costs more than a call
-MIXED_BYTES = 8 * 2**20  # mixed kernels at a time,
-MAX_EXAMPLES = 8  # of this many examples: with more, the stores of the mixing collide in the cache
+MIXED_BYTES = 8 * 2**20  # of mixed kernels held at a time
+MAX_EXAMPLES = 8  # mixed for at a time: with more, the stores of the mixing collide in the cache
 MIN_SHARED = 2**17  # elements of one example's kernel from which threads share out the mixing
 MIN_CHANNELS = 64  # smaller blocks make slow matrix products
 
@@ -286,7 +286,7 @@ def _new_empty_like(piece: Tensor, size: int) -> Tensor:
 
 
 def _contract(a: Tensor, b: Tensor) -> Tensor:
-    """a (B, n), b (E, n) -> a b^T (B, E), summed in parts: few long rows use one thread else."""
+    """a (B, n), b (E, n) -> a b^T (B, E), in parts: few long rows would be one thread's."""
     num_parts = math.gcd(a.shape[1], 64)
     a, b = (tensor.unflatten(1, (num_parts, -1)).transpose(0, 1) for tensor in (a, b))
     return torch.bmm(a, b.mT).sum(0)

@@ -28,7 +28,7 @@ from condconv import (
 )
 from condconv.backbones import MobileNetV1
 from condconv.backbones.mobilenet_v1 import RoutedBlock
-from condconv.convert import SharedRouting
+from condconv.shared_routing import SharedRouting
 
 
 @pytest.fixture(autouse=True)
