@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import nn
@@ -81,7 +83,9 @@ def build(config: Mapping[str, Any], /, **arguments: Any) -> Any:
         raise UserError(f"{config['_target_']}: {error}") from error
 
 
-def build_model(config: Mapping[str, Any], num_classes: int) -> ModelParts:
+def build_model(
+    config: Mapping[str, Any], num_classes: int, *, initialize: bool = True
+) -> ModelParts:
     """Build a detector from the `model` section of a config.
 
     Args:
@@ -89,6 +93,8 @@ def build_model(config: Mapping[str, Any], num_classes: int) -> ModelParts:
             `postprocess` those of the other parts. Where `preprocess` leaves `mean` or `std` open,
             they are the backbone's. `weights`, which tells what training starts from, is left out.
         num_classes: from the category table; `config["num_classes"]` must agree where it is set.
+        initialize: else the network's weights are on the meta device, for some to be loaded:
+            drawing millions at random takes seconds.
 
     Raises:
         UserError: where a target is not in `MODEL_TARGETS`, or the class counts differ.
@@ -104,7 +110,8 @@ def build_model(config: Mapping[str, Any], num_classes: int) -> ModelParts:
             f"model.num_classes={configured}, but the data has {num_classes} classes: "
             "leave model.num_classes out to take the data's"
         )
-    network = build(arguments, num_classes=num_classes)
+    with nullcontext() if initialize else torch.device("meta"):
+        network = build(arguments, num_classes=num_classes)
     given = {key: value for key, value in parts["preprocess"].items() if value is not None}
     normalization = getattr(network.backbone, "normalization", {})
     return ModelParts(

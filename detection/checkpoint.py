@@ -138,7 +138,8 @@ def load_model(
     Args:
         weights: the moving average where the checkpoint has one, or the trained weights.
     """
-    parts = build_model(checkpoint["config"]["model"], len(checkpoint["categories"]))
+    config, num_classes = checkpoint["config"]["model"], len(checkpoint["categories"])
+    parts = build_model(config, num_classes, initialize=False)
     state = checkpoint.get("ema") if weights == "ema" else None
     load_weights(parts.network, state or checkpoint["model"])
     parts.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -146,7 +147,7 @@ def load_model(
 
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load a state dict that must fit exactly.
+    """Load a state dict that must fit exactly; a network on the meta device comes to its device.
 
     Raises:
         UserError: naming what is missing, left over, or of another shape.
@@ -162,4 +163,7 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     if faults:
         more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise UserError(f"the weights are of another model: {'; '.join(faults[:3])}{more}")
-    network.load_state_dict(dict(state))
+    assign = any(tensor.is_meta for tensor in own.values())
+    if assign:  # the network takes the tensors themselves, and the state may serve another one too
+        state = {name: state[name].to(tensor.dtype, copy=True) for name, tensor in own.items()}
+    network.load_state_dict(dict(state), assign=assign)

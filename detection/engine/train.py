@@ -34,7 +34,7 @@ from detection.engine.state import TrainState
 from detection.engine.stop import StopRequest, start_loader
 from detection.errors import UserError
 from detection.evaluation.coco import write_metrics, write_results
-from detection.models.layers import AnchorNetwork
+from detection.models.anchor_network import AnchorNetwork
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -5,10 +5,9 @@ Shapes: B images, C input channels, O output channels, L levels of a pyramid, A 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -145,97 +144,3 @@ def join_levels(levels: Sequence[Tensor], size: int) -> Tensor:
     return torch.cat(
         [level.permute(0, 2, 3, 1).reshape(level.shape[0], -1, size) for level in levels], dim=1
     )
-
-
-class AnchorLayout(NamedTuple):
-    """The anchors of an input size.
-
-    Args:
-        anchors: (A, 4) float32, xyxy in input pixels.
-        level_sizes: anchors of each level.
-    """
-
-    anchors: Tensor
-    level_sizes: tuple[int, ...]
-
-
-class AnchorNetwork(nn.Module):
-    """A network of square inputs, whose anchors lie on the grids of its feature maps.
-
-    It takes inputs of `input_size`; of others after `take_sizes`.
-    """
-
-    input_size: int
-    anchors: Tensor
-    level_sizes: tuple[int, ...]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.other_layouts: dict[int, AnchorLayout] = {}
-
-    def extract_levels(self, images: Tensor) -> Sequence[Tensor]:
-        """images (B, 3, S, S) -> the feature map of each level, finest first."""
-        raise NotImplementedError
-
-    def lay_anchors(self, grids: Sequence[tuple[int, int]], input_size: int) -> AnchorLayout:
-        """The anchors that the network would have were it built for `input_size`.
-
-        Args:
-            grids: (rows, columns) of each level's map.
-        """
-        raise NotImplementedError
-
-    def take_sizes(self, input_sizes: Sequence[int]) -> None:
-        """Take square inputs of these sides too, each with the anchors of a network built for it.
-
-        Raises:
-            ValueError: where the backbone cannot take one.
-        """
-        for size in {*input_sizes} - {self.input_size}:
-            grids = [(rows, columns) for _, rows, columns in trace_levels(self, size)]
-            anchors, level_sizes = self.lay_anchors(grids, size)
-            # No buffers: DistributedDataParallel would send them all at each step.
-            anchors = anchors.to(self.anchors.device)
-            self.other_layouts[size] = AnchorLayout(anchors, level_sizes)
-
-    def find_anchors(self, images: Tensor) -> AnchorLayout:
-        """The anchors for images (B, 3, H, W).
-
-        Raises:
-            ValueError: where they have no size that the network takes.
-        """
-        height, width = images.shape[-2:]
-        if (height, width) == (self.input_size, self.input_size):
-            return AnchorLayout(self.anchors, self.level_sizes)
-        if height == width and width in self.other_layouts:
-            return self.other_layouts[width]
-        raise ValueError(
-            f"the network takes {self.input_size} x {self.input_size} images, "
-            f"got {height} x {width}"
-        )
-
-
-class Levels(Protocol):
-    """A network that gives the feature maps it predicts from."""
-
-    def extract_levels(self, images: Tensor) -> Sequence[Tensor]: ...
-
-
-def trace_levels(network: Levels, input_size: int) -> list[tuple[int, int, int]]:
-    """(channels, rows, columns) of each level for a square input; nothing is computed.
-
-    Raises:
-        ValueError: where the network cannot take that size.
-    """
-    traced = copy.deepcopy(network)
-    assert isinstance(traced, nn.Module)
-    traced.to("meta").eval()
-    try:
-        levels = traced.extract_levels(torch.zeros(1, 3, input_size, input_size, device="meta"))
-    # The layers of any backbone, which answer a size they cannot take in their own way.
-    except Exception as error:
-        reason = (str(error) or repr(error)).strip().splitlines()[0]
-        raise ValueError(
-            f"the backbone cannot take images of {input_size} x {input_size}: {reason}"
-        ) from error
-    return [(level.shape[1], level.shape[2], level.shape[3]) for level in levels]

@@ -14,15 +14,13 @@ from torch import Tensor, nn
 
 from detection.anchors import grid_anchors, retinanet_anchor_sizes
 from detection.boxes import CodeWeights
+from detection.models.anchor_network import AnchorLayout, AnchorNetwork
 from detection.models.backbones import Backbone
 from detection.models.layers import (
-    AnchorLayout,
-    AnchorNetwork,
     ConvBlock,
     Norm,
     join_levels,
     reset_conv,
-    trace_levels,
 )
 from detection.structures import RawPredictions
 
@@ -76,11 +74,10 @@ class RetinaNet(AnchorNetwork):
         self.code_weights = code_weights
         self.backbone = backbone
         self.pyramid = pyramid(backbone.channels)
-        grids = [(rows, columns) for _, rows, columns in trace_levels(self, input_size)]
-        anchors, self.level_sizes = self.lay_anchors(grids, input_size)
-        self.register_buffer("anchors", anchors, persistent=False)
+        levels = self.trace_levels(input_size)
+        self.set_anchors(levels)
         num_anchors = num_anchor_scales * len(anchor_ratios)
-        self.head = head(self.pyramid.channels, num_anchors, num_classes, len(grids))
+        self.head = head(self.pyramid.channels, num_anchors, num_classes, len(levels))
 
     @property
     def class_layers(self) -> list[str]:

@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from condconv import RoutedCondConv2d
 from condconv.backbones.mobilenet_v1 import ConvNormAct, RoutedBlock, scale_channels
 from detection.anchors import grid_anchors, ssd_anchor_sizes
+from detection.models.anchor_network import AnchorLayout, AnchorNetwork
 from detection.models.backbones import Backbone, MobileNetV1
 from detection.models.layers import (
-    AnchorLayout,
-    AnchorNetwork,
     join_levels,
     make_conv,
     reset_conv,
-    trace_levels,
 )
 from detection.structures import RawPredictions
 
@@ -59,7 +57,7 @@ class SSD(AnchorNetwork):
         self.input_size = input_size
         self.backbone = backbone
         self.extras = nn.ModuleList(extras(backbone.channels[-1]))
-        levels = trace_levels(self, input_size)
+        levels = self.trace_levels(input_size)
         self.anchor_sizes = ssd_anchor_sizes(
             len(levels),
             min_scale=min_scale,
@@ -75,9 +73,7 @@ class SSD(AnchorNetwork):
         for predictors, bias in ((self.box_predictors, 0.0), (self.class_predictors, -4.6)):
             for predictor in predictors:
                 reset_conv(predictor.get_submodule(_last_layer(predictor)), std=0.01, bias=bias)
-        grids = [(rows, columns) for _, rows, columns in levels]
-        anchors, self.level_sizes = self.lay_anchors(grids, input_size)
-        self.register_buffer("anchors", anchors, persistent=False)
+        self.set_anchors(levels)
 
     @property
     def class_layers(self) -> list[str]:

@@ -16,7 +16,7 @@ from detection.build import ModelParts, build_model
 from detection.checkpoint import save_checkpoint
 from detection.cli import config_dir, plain
 from detection.detector import Detector
-from detection.models.layers import AnchorNetwork
+from detection.models.anchor_network import AnchorNetwork
 from detection.structures import Category, ImageDetections, Targets
 
 Calibrate = Callable[[nn.Module, torch.Tensor], Any]
