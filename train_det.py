@@ -66,7 +66,7 @@ def train(
     from condconv import count_parameters
     from detection.build import build, build_model, build_partial
     from detection.checkpoint import save_checkpoint
-    from detection.data.coco import CocoIndex, check_same_categories
+    from detection.data.coco import CocoIndex, check_same_categories, check_trainable
     from detection.data.dataset import find_shorter_side
     from detection.data.sources import load_split
     from detection.detector import Detector
@@ -134,6 +134,7 @@ def train(
 
         train_index, val_index = processes.first_then_others(load_splits)
         check_same_categories(train_index, val_index)
+        check_trainable(train_index)
         categories = train_index.categories
 
         torch.manual_seed(seed)
@@ -192,7 +193,8 @@ def train(
         frozen = sum(item.numel() for item in network.parameters() if not item.requires_grad)
         if frozen:
             LOGGER.info("%s of the parameters are frozen", f"{frozen:,}")
-        for line in [*started, *train_index.describe(), *val_index.describe()]:
+        known = [*train_index.describe(inputs.max_boxes), *val_index.describe()]
+        for line in [*started, *known]:
             LOGGER.info(line)
         ground_truth = val_index.ground_truth()
         evaluator = CocoEvaluator(ground_truth, backend=fastest_backend())

@@ -14,7 +14,7 @@ from detection.errors import UserError
 PICTURE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 ImageLike = str | Path | Image.Image | np.ndarray
 # EXIF orientations that turn a picture by a quarter.
-_SIDEWAYS = (5, 6, 7, 8)
+SIDEWAYS = (5, 6, 7, 8)
 
 
 class UnreadableImage(Exception):
@@ -37,16 +37,14 @@ def open_images(images: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:
 
 
 def _open_image(image: ImageLike) -> Image.Image:
-    if isinstance(image, (str, Path)):
-        try:
-            return load_image(image)
-        except UnreadableImage as error:
-            raise UserError(f"cannot read {image}: {error}") from error
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
             raise UserError(f"an image array must be uint8, got {image.dtype}")
         image = Image.fromarray(image)
-    return image.convert("RGB")
+    try:
+        return _to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
+    except UnreadableImage as error:
+        raise UserError(f"cannot read {image}: {error}") from error
 
 
 def load_image(path: str | Path | BinaryIO) -> Image.Image:
@@ -81,7 +79,7 @@ def load_annotated_image(
         turns = image.size != (width, height)
         if turns and not (
             image.size == (height, width)
-            and image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+            and image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
         ):
             raise MismatchedSize(
                 f"it is {image.width} x {image.height}, the annotations say {width} x {height}"
@@ -107,10 +105,13 @@ def _read(path: str | Path | BinaryIO, turn: Callable[[Image.Image], Image.Image
     try:
         with Image.open(path) as image:
             return _to_rgb(turn(image))
-    except MismatchedSize:
+    except UnreadableImage:
         raise
     except UnidentifiedImageError:
         raise UnreadableImage("it is not an image") from None
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise UnreadableImage(f"it exceeds the limit of {limit:,} pixels: shrink it") from None
     except Exception as error:
         # Pillow's decoders answer a broken file with almost any exception.
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -118,6 +119,8 @@ def _read(path: str | Path | BinaryIO, turn: Callable[[Image.Image], Image.Image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":  # convert() would take 0 to 1 for black
+        raise UnreadableImage("its pixels are floats of no known range: save it with whole numbers")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
         values = np.asarray(image).clip(0, 65535) // 256
         image = Image.fromarray(values.astype(np.uint8))

@@ -148,10 +148,13 @@ def write_split(folder: Path, categories: list[dict[str, Any]], broken: bool = F
     (folder / "images").mkdir(parents=True)
     image = folder / "images" / "a.jpg"
     Image.new("RGB", (80, 60), (90, 120, 200)).save(image)
-    if broken:
-        image.write_bytes(image.read_bytes()[:300])
+    records = [{"id": 5, "file_name": "a.jpg", "width": 80, "height": 60}]
+    if broken:  # beside a whole one
+        image.rename(folder / "images" / "b.jpg")
+        image.write_bytes((folder / "images" / "b.jpg").read_bytes()[:300])
+        records.append({**records[0], "id": 6, "file_name": "b.jpg"})
     content = {
-        "images": [{"id": 5, "file_name": "a.jpg", "width": 80, "height": 60}],
+        "images": records,
         "annotations": [
             {"id": 1, "image_id": 5, "category_id": categories[0]["id"], "bbox": [5, 5, 30, 30]}
         ],
@@ -191,6 +194,9 @@ def test_an_unreadable_image_is_named(
     metrics = evaluate(f"checkpoint={trained / 'checkpoints' / 'best.pt'}", *data)
     assert "cannot read a.jpg" in capsys.readouterr().out
     assert metrics["AP"] == 0
+    (tmp_path / "images" / "b.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"none of its 2 images can be read \(first: a\.jpg: "):
+        evaluate(f"checkpoint={trained / 'checkpoints' / 'best.pt'}", *data)
 
 
 @pytest.mark.parametrize(

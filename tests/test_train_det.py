@@ -369,11 +369,13 @@ def test_an_unreadable_image_is_replaced_and_counted(
             (tmp_path / split / file.name).write_bytes(content[:200] if number == 0 else content)
     options = [f"{section}.num_workers={num_workers}" for section in ("trainer", "evaluation")]
     data = ["data=custom", *images, *files]
+    options.append("data.augmentation.max_boxes=1")
     folder = run("trainer.steps=3", *options, data=data, name="broken")
     log = (folder / "train.log").read_text()
     assert "another image takes its place" in log
     assert "1 images could not be read" in log
     assert "evaluated as an image without detections" in log
+    assert "images have more than max_boxes=1 boxes" in log
 
 
 def test_early_stopping(run: Callable[..., Path]):
@@ -405,6 +407,13 @@ def test_a_split_without_boxes_ends_a_run_as_any_other(run: Callable[..., Path],
     ]
     folder = run("trainer.steps=1", data=data, name="empty")
     assert json.loads((folder / "metrics.json").read_text())["AP"] == -1
+    for record in content["annotations"]:
+        record["category_id"] = str(record["category_id"])
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    data += [f"data.train.annotations={tmp_path / 'train.json'}"]
+    data += [f"data.train.images={source / 'images' / 'val'}"]
+    with pytest.raises(UserError, match=r"no annotation is left to train on: .* is a text"):
+        run("trainer.steps=1", data=data, name="text")
     assert list_checkpoints(folder) == ["best.pt", "last.pt"]
 
 

@@ -99,6 +99,7 @@ def check_split(
     problems: Mapping[str, Sequence[str]],
     others: Sequence[CocoIndex] = (),
     *,
+    max_boxes: int = 100,
     show_progress: bool = False,
 ) -> Report:
     """Decode every image of a split and count what is in it.
@@ -107,6 +108,7 @@ def check_split(
         index, problems: as `read_split` gives them.
         others: splits that must have the same classes and other images; only their files' bytes
             are compared.
+        max_boxes: training takes at most so many boxes of an image.
     """
     boxes = torch.cat([index.boxes(i) for i in range(len(index))])
     labels = torch.cat([index.labels(i) for i in range(len(index))])
@@ -116,15 +118,21 @@ def check_split(
     counts = labels.bincount(minlength=len(index.categories)).tolist()
     for category, count in zip(index.categories, counts, strict=True):
         per_class[category.name] += count
+    by_image = zip(index.count_boxes().tolist(), index.file_names, strict=True)
+    crowded = sorted((pair for pair in by_image if pair[0] > max_boxes), reverse=True)
     faults = [
         *([] if len(boxes) else [Fault("no boxes to find", 1, (index.annotations_file.name,))]),
         *(fault for kind, cases in problems.items() for fault in _gather(kind, cases)),
+        *_gather(
+            f"images with more than max_boxes={max_boxes} boxes: raise data.augmentation.max_boxes",
+            (f"{name}: {count}" for count, name in crowded),
+        ),
         *_find_faults(index, others, show_progress),
     ]
     return Report(
         annotations=str(index.annotations_file),
         num_images=len(index),
-        num_images_without_boxes=sum(not len(index.boxes(i)) for i in range(len(index))),
+        num_images_without_boxes=int((index.count_boxes() == 0).sum()),
         num_boxes=len(boxes),
         num_crowds=len(truth) - len(boxes),
         boxes_per_class=dict(per_class),
@@ -266,6 +274,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="the folder of its images, once for each --other (default: --images)",
     )
     parser.add_argument(
+        "--max-boxes",
+        metavar="N",
+        type=int,
+        default=100,
+        help="data.augmentation.max_boxes of the training: more boxes in an image are a fault "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--json",
         metavar="FILE",
         help='write the report, with all cases, there; {"error": ...} where there is none',
@@ -281,7 +297,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             read_split(images, annotations)[0]
             for images, annotations in zip(folders, options.other, strict=True)
         ]
-        report = check_split(index, problems, others, show_progress=console.is_terminal)
+        report = check_split(
+            *(index, problems, others),
+            max_boxes=options.max_boxes,
+            show_progress=console.is_terminal,
+        )
         if options.json:
             _write(asdict(report), Path(options.json))
     except UserError as error:

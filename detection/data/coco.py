@@ -82,14 +82,29 @@ class CocoIndex:
         """(N,) int64 labels of `boxes(i)`, contiguous from 0."""
         return self._content["labels"][self._rows(i)].clone()
 
-    def describe(self) -> list[str]:
-        """A printable line for each kind of problem."""
+    def count_boxes(self) -> Tensor:
+        """(images,) int64: N of each image."""
+        return self._content["offsets"].diff()
+
+    def describe(self, max_boxes: int | None = None) -> list[str]:
+        """A printable line for each kind of problem.
+
+        Args:
+            max_boxes: training takes at most so many boxes of an image; None where there is none.
+        """
         lines = [
             f"{self.annotations_file.name}: {kind}: {count} (first: {self.first_cases[kind]})"
             for kind, count in self.problems.items()
         ]
         if not len(self._content["labels"]):
             lines.append(f"{self.annotations_file.name}: there are no boxes to find")
+        counts = self.count_boxes()
+        if max_boxes is not None and (num_crowded := int((counts > max_boxes).sum())):
+            lines.append(
+                f"{self.annotations_file.name}: {num_crowded} images have more than "
+                f"max_boxes={max_boxes} boxes (most: {counts.max()}): raise "
+                "data.augmentation.max_boxes"
+            )
         return lines
 
     def ground_truth(self) -> dict[str, Any]:
@@ -127,6 +142,17 @@ class CocoIndex:
         return slice(*self._content["offsets"][i : i + 2].tolist())
 
 
+def check_trainable(train: CocoIndex) -> None:
+    """Raises UserError where a split has annotations but none to train on."""
+    if train.count_boxes().any():
+        return
+    given = [line for line in train.describe() if "dropped: " in line]
+    if train.ground_truth()["annotations"]:
+        given.append(f"{train.annotations_file.name}: its boxes are all crowds")
+    if given:
+        raise UserError(f"no annotation is left to train on: {given[0]}")
+
+
 def check_same_categories(train: CocoIndex, val: CocoIndex) -> None:
     """Raises UserError, naming the first difference, if two splits number classes differently."""
     if train.categories == val.categories:
@@ -134,9 +160,11 @@ def check_same_categories(train: CocoIndex, val: CocoIndex) -> None:
     only_train = [c for c in train.categories if c not in val.categories]
     only_val = [c for c in val.categories if c not in train.categories]
     found, holder, other = (only_train[0], train, val) if only_train else (only_val[0], val, train)
+    same_name = [category.id for category in other.categories if category.name == found.name]
+    has = f"has it as id {same_name[0]}" if same_name else "has not"
     raise UserError(
         f"{holder.annotations_file} has the category {found.id} {found.name!r}, "
-        f"{other.annotations_file} has not: both need the same category table"
+        f"{other.annotations_file} {has}: both need the same category table"
     )
 
 

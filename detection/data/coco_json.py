@@ -75,13 +75,7 @@ class CocoReader:
     def read(self) -> dict[str, Any]:
         """Tensors and plain values, which `CocoIndex` takes."""
         with _no_garbage_collection():
-            content = _read_json(self.annotations_file)
-            fault = f"{self.annotations_file} is not in COCO format"
-            if not isinstance(content, dict):
-                raise UserError(f"{fault}: its top level is not an object")
-            for section in ("images", "annotations", "categories"):
-                if not isinstance(content.get(section), list):
-                    raise UserError(f'{fault}: it has no list "{section}"')
+            content = read_sections(self.annotations_file)
             self._read_categories(content["categories"])
             known_ids = self._read_images(content["images"])
             annotations = self._read_annotations(content["annotations"], known_ids)
@@ -105,7 +99,7 @@ class CocoReader:
 
     def _read_categories(self, records: list[Any]) -> None:
         for place, record in enumerate(records):
-            self._require(record, f"category {place}", id=int, name=str)
+            require(self.annotations_file, record, f"category {place}", id=int, name=str)
         if not records:
             raise UserError(f"{self.annotations_file}: the category table is empty")
         for key in ("id", "name"):
@@ -117,7 +111,7 @@ class CocoReader:
     def _read_images(self, records: list[Any]) -> set[int]:
         """Returns the ids of all images in the JSON, those that `ids_file` leaves out included."""
         for place, record in enumerate(records):
-            self._require(record, f"image {place}", id=int, file_name=str)
+            require(self.annotations_file, record, f"image {place}", id=int, file_name=str)
             path = PurePath(record["file_name"])
             if not path.name or path.anchor or ".." in path.parts:
                 raise UserError(
@@ -184,21 +178,22 @@ class CocoReader:
 
         for place, record in enumerate(records):
             if not (isinstance(record, dict) and "image_id" in record and "category_id" in record):
-                self._require(record, f"annotation {place}", image_id=object, category_id=object)
+                keys = {"image_id": object, "category_id": object}
+                require(self.annotations_file, record, f"annotation {place}", **keys)
             image_id, category_id = record["image_id"], record["category_id"]
             owner = places.get(image_id) if isinstance(image_id, int) else None
             if owner is None:
                 if not isinstance(image_id, int) or image_id not in known_ids:
                     self._count(
                         "annotations of unknown images, dropped",
-                        f"{name(place)}, image {image_id!r}",
+                        f"{name(place)}, image {_describe_id(image_id)}",
                     )
                 continue
             label = labels.get(category_id) if isinstance(category_id, int) else None
             if label is None:
                 self._count(
                     "annotations of unknown categories, dropped",
-                    f"{name(place)}, category {category_id!r}",
+                    f"{name(place)}, category {_describe_id(category_id)}",
                 )
                 continue
             bbox = record.get("bbox")
@@ -254,22 +249,6 @@ class CocoReader:
         }
         return {key: torch.from_numpy(np.array(array)) for key, array in arrays.items()}
 
-    def _require(self, record: Any, which: str, **types: type) -> None:
-        fault = f"{self.annotations_file} is not in COCO format: {which}"
-        if not isinstance(record, dict):
-            raise UserError(f"{fault} is not an object")
-        for key, kind in types.items():
-            if key not in record:
-                raise UserError(f'{fault} has no "{key}"')
-            value = record[key]
-            if not isinstance(value, kind):
-                found = str(value)[:40]
-                raise UserError(f'{fault} has "{key}" {found!r}, which is not {kind.__name__}')
-            if kind is int and not -(2**63) <= value < 2**63:
-                raise UserError(f'{fault} has an "{key}" of more than 64 bits')
-            if kind is str and _UNPRINTABLE.search(value):
-                raise UserError(f'{fault} has "{key}" {value!r}: take the control characters out')
-
     def _require_unique(self, records: list[Any], section: str, key: str) -> None:
         for value, count in Counter(record[key] for record in records).most_common():
             if count == 1:
@@ -278,13 +257,53 @@ class CocoReader:
             self._refuse(f"{key}s of several {section}", case, f"{case}; make them differ")
 
 
+def read_sections(file: Path) -> dict[str, list[Any]]:
+    """The images, annotations and categories of a COCO JSON, as they are.
+
+    Raises:
+        UserError: the file cannot be read, or lacks one of the three.
+    """
+    content = _read_json(file)
+    fault = f"{file} is not in COCO format"
+    if not isinstance(content, dict):
+        raise UserError(f"{fault}: its top level is not an object")
+    keys = ("images", "annotations", "categories")
+    for key in keys:
+        if not isinstance(content.get(key), list):
+            raise UserError(f'{fault}: it has no list "{key}"')
+    return {key: content[key] for key in keys}
+
+
+def require(file: Path, record: Any, which: str, **types: type) -> None:
+    """Raises UserError where a record of a COCO JSON lacks a key, or has it of another type."""
+    fault = f"{file} is not in COCO format: {which}"
+    if not isinstance(record, dict):
+        raise UserError(f"{fault} is not an object")
+    for key, kind in types.items():
+        if key not in record:
+            raise UserError(f'{fault} has no "{key}"')
+        value = record[key]
+        if not isinstance(value, kind):
+            found = str(value)[:40]
+            raise UserError(f'{fault} has "{key}" {found!r}, which is not {kind.__name__}')
+        if kind is int and not -(2**63) <= value < 2**63:
+            raise UserError(f'{fault} has an "{key}" of more than 64 bits')
+        if kind is str and _UNPRINTABLE.search(value):
+            raise UserError(f'{fault} has "{key}" {value!r}: take the control characters out')
+
+
+def _describe_id(value: Any) -> str:
+    kind = "a text" if isinstance(value, str) else f"a {type(value).__name__}"
+    return f"{value!r}" if isinstance(value, int) else f"{value!r} is {kind}; ids are whole numbers"
+
+
 def _is_number(value: Any) -> TypeGuard[int | float]:
     return type(value) in (int, float) and abs(value) < _COORDINATE_LIMIT
 
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except UnicodeDecodeError:
@@ -328,9 +347,12 @@ def check_files(images_dir: Path, file_names: Collection[str], annotations_file:
         if name not in listings[parent]:
             missing.append(file_name)
     if missing:
+        hint = "is it the right folder?"
+        if "\\" in missing[0]:
+            hint = "write / for the backslashes"
         raise UserError(
             f"{images_dir} lacks {len(missing)} of the {len(file_names)} images that "
-            f"{annotations_file} lists (first: {missing[0]!r}): is it the right folder?"
+            f"{annotations_file} lists (first: {missing[0]!r}): {hint}"
         )
 
 

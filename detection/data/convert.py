@@ -9,7 +9,7 @@ import argparse
 import json
 import math
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -17,13 +17,19 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import yaml
-from PIL import Image
+from PIL import ExifTags, Image
 
+from detection.data.coco_json import read_sections, require
 from detection.errors import UserError
-from detection.images import PICTURE_SUFFIXES
+from detection.images import PICTURE_SUFFIXES, SIDEWAYS
 from detection.structures import Category
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
+COCO_KEYS: dict[str, dict[str, type]] = {
+    "images": {"id": int, "file_name": str},
+    "annotations": {"image_id": int, "category_id": int},
+    "categories": {"id": int, "name": str},
+}
 
 
 class LabelledImage(NamedTuple):
@@ -65,7 +71,7 @@ def read_voc(images: Path, annotations: Path, problems: Problems) -> Iterator[La
         UserError: a folder is missing or holds no XML files.
     """
     files = _find_files(annotations, {".xml"}, "XML files")
-    pictures = _find_images(images)
+    pictures = _find_images(images, problems)
     for file in files:
         key = file.relative_to(annotations).with_suffix("").as_posix()
         try:
@@ -77,10 +83,11 @@ def read_voc(images: Path, annotations: Path, problems: Problems) -> Iterator[La
         if not (picture := pictures.get(key) or pictures.get(named)):
             problems.count("annotations without an image", file.name)
             continue
-        if not (size := _read_size(picture, problems)):
+        if not (found := _read_size(picture, problems)):
             continue
+        size, orientation = found
         stated = tuple(_to_int(root.findtext(f"size/{side}")) for side in ("width", "height"))
-        if stated == size[::-1]:
+        if stated == size[::-1] and orientation in SIDEWAYS:
             size = size[1], size[0]  # annotated as it is turned by its EXIF orientation
         elif stated != size:
             problems.count("sizes that are not the image's, which is taken", file.name)
@@ -103,21 +110,31 @@ def read_yolo(
     """YOLO: a text file for each image, of the same name; an image without one has no boxes.
 
     A line is a class number and centre, width and height as shares of the image; or a class number
-    and the points of a polygon, of which the box is taken.
+    and the points of a polygon, of which the box is taken. Shares are of the image as a viewer
+    shows it, turned as its EXIF orientation says.
 
     Raises:
         UserError: a folder is missing, or holds no images or text files.
     """
-    pictures = _find_images(images)
+    pictures = _find_images(images, problems)
     for file in _find_files(labels, {".txt"}, "text files"):
         if file.relative_to(labels).with_suffix("").as_posix() not in pictures:
             problems.count("annotations without an image", file.name)
     for key, picture in pictures.items():
-        if not (size := _read_size(picture, problems)):
+        if not (found := _read_size(picture, problems)):
             continue
+        size, orientation = found
+        if orientation in SIDEWAYS and size[0] != size[1]:
+            # Of this size only the picture as shown is, and so the loader turns it.
+            size, orientation = (size[1], size[0]), None
         file = labels / f"{key}.txt"
+        try:
+            text = file.read_text(encoding="utf-8-sig") if file.is_file() else ""
+        except (OSError, UnicodeDecodeError):
+            problems.count("text files that cannot be read, left out with their images", file.name)
+            continue
         boxes = []
-        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        for line in text.splitlines():
             words = line.split()
             numbers = [_to_float(word) for word in words]
             if not words:
@@ -135,11 +152,9 @@ def read_yolo(
             else:
                 left, top = min(numbers[1::2]), min(numbers[2::2])
                 width, height = max(numbers[1::2]) - left, max(numbers[2::2]) - top
-            scale = [
-                value * side
-                for value, side in zip((left, top, width, height), 2 * size, strict=True)
-            ]
-            boxes.append((names[int(numbers[0])], *scale, False))
+            shares = _turn_back((left, top, width, height), orientation)
+            scaled = [value * side for value, side in zip(shares, 2 * size, strict=True)]
+            boxes.append((names[int(numbers[0])], *scaled, False))
         yield LabelledImage(picture.relative_to(images).as_posix(), size, boxes)
 
 
@@ -147,18 +162,27 @@ def read_names(file: Path) -> list[str]:
     """Class names by number: of a YOLO data.yaml (`names`), or one a line.
 
     Raises:
-        UserError: the file is missing or has none.
+        UserError: the file is missing or has none, or they are no texts.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         names = yaml.safe_load(text) if file.suffix in (".yaml", ".yml") else text.splitlines()
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     if isinstance(names, dict):
         names = names.get("names")
     if isinstance(names, dict):
-        numbers = range(max(names, default=-1) + 1)
-        names = [names.get(number, f"class {number}") for number in numbers]
+        if wrong := [key for key in names if not str(key).isdecimal()]:
+            raise UserError(f"{file}: {wrong[0]!r} is no class number: number the names from 0")
+        by_number = {int(key): name for key, name in names.items()}
+        numbers = range(max(by_number, default=-1) + 1)
+        names = [by_number.get(number, f"class {number}") for number in numbers]
+    if not isinstance(names, list | None):
+        raise UserError(f"{file}: the names are {names!r}: give a list, as in names: [cat, dog]")
+    for number, name in enumerate(names or ()):
+        # YAML takes an unquoted yes, no, on or off for a boolean, and a date for one.
+        if isinstance(name, bool) or not isinstance(name, str | int | float):
+            raise UserError(f"{file}: class {number} is {name!r}, not a text: quote its name")
     names = [str(name).strip() for name in names or ()]
     while names and not names[-1]:  # the end of a text
         names.pop()
@@ -223,19 +247,39 @@ def _find_files(folder: Path, suffixes: set[str] | frozenset[str], kind: str) ->
     return files
 
 
-def _find_images(folder: Path) -> dict[str, Path]:
+def _find_images(folder: Path, problems: Problems) -> dict[str, Path]:
     """Every image by its path without the suffix."""
-    files = _find_files(folder, PICTURE_SUFFIXES, "images")
-    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+    pictures: dict[str, Path] = {}
+    for file in _find_files(folder, PICTURE_SUFFIXES, "images"):
+        key = file.relative_to(folder).with_suffix("").as_posix()
+        if pictures.setdefault(key, file) is not file:
+            case = f"{file.name} beside {pictures[key].name}"
+            problems.count("images that differ from another in the suffix only: left out", case)
+    return pictures
 
 
-def _read_size(picture: Path, problems: Problems) -> tuple[int, int] | None:
+def _read_size(picture: Path, problems: Problems) -> tuple[tuple[int, int], int | None] | None:
+    """(width, height) as stored, and the EXIF orientation."""
     try:
         with Image.open(picture) as image:
-            return image.size
+            return image.size, image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Pillow answers a broken file with almost any exception.
         problems.count("images that cannot be read: left out", picture.name)
         return None
+
+
+def _turn_back(
+    box: tuple[float, float, float, float], orientation: int | None
+) -> tuple[float, float, float, float]:
+    """A box of an image as shown, in shares of the image as stored: x, y, width and height."""
+    x, y, width, height = box
+    if orientation in SIDEWAYS:
+        x, y, width, height = y, x, height, width
+    if orientation in (2, 3, 7, 8):
+        x = 1 - x - width
+    if orientation in (3, 4, 6, 7):
+        y = 1 - y - height
+    return x, y, width, height
 
 
 def _to_float(text: str | None) -> float:
@@ -250,18 +294,45 @@ def _to_int(text: str | None) -> int:
     return int(value) if math.isfinite(value) else -1
 
 
-def _read_list(file: Path) -> set[str]:
-    """The images of a list: names or paths, with or without suffix, first on their lines."""
+def _find_listed(file: Path, images: Sequence[dict[str, Any]], problems: Problems) -> set[Any]:
+    """The ids of a list's images: names or paths, with or without suffix, first on their lines.
+
+    A path means the image that shares most of its parts from the end on.
+
+    Raises:
+        UserError: the list cannot be read, or a line means several images.
+    """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
-    return {_stem(line.split()[0]) for line in lines if line.strip()}
+    by_end: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    for image in images:
+        parts = _reverse(image["file_name"])
+        for n in range(1, len(parts) + 1):
+            by_end[parts[:n]].append(image)
+    listed: set[Any] = set()
+    for line in filter(None, map(str.strip, lines)):
+        name = line if _reverse(line)[:1] in by_end else line.split()[0]  # it may hold spaces
+        parts = _reverse(name)
+        ends = (parts[:n] for n in range(len(parts), 0, -1))
+        found = next((by_end[end] for end in ends if end in by_end), [])
+        found = [image for image in found if name.endswith(image["file_name"])] or found
+        if not found:
+            problems.count("listed images that are not there", name)
+        if len(names := sorted({image["file_name"] for image in found})) > 1:
+            raise UserError(
+                f"{file}: {name} may be {names[0]} or {names[1]}: list it as one of them"
+            )
+        listed.update(image["id"] for image in found)
+    return listed
 
 
-def _stem(name: str) -> str:
+def _reverse(name: str) -> tuple[str, ...]:
+    """The parts of a path from the end on, the file's without the suffix of a picture."""
     path = Path(name)
-    return path.stem if path.suffix.lower() in PICTURE_SUFFIXES else path.name
+    known = path.suffix.lower() in PICTURE_SUFFIXES
+    return (path.with_suffix("") if known else path).parts[::-1]
 
 
 def _read_content(options: argparse.Namespace, problems: Problems) -> dict[str, Any]:
@@ -281,11 +352,11 @@ def _read_content(options: argparse.Namespace, problems: Problems) -> dict[str, 
     if options.format == "yolo":
         names = read_names(options.names)
         return to_coco(list(read_yolo(options.images, options.labels, names, problems)), names)
-    try:
-        content = json.loads(options.annotations.read_text(encoding="utf-8"))
-        return {key: content[key] for key in ("images", "annotations", "categories")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{options.annotations} is no COCO JSON: {error!r}") from error
+    content = read_sections(options.annotations)
+    for section, types in COCO_KEYS.items():
+        for place, record in enumerate(content[section]):
+            require(options.annotations, record, f"{section}[{place}]", **types)
+    return content
 
 
 def _write(content: dict[str, Any], path: Path) -> None:
@@ -339,15 +410,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _check_outputs(options)
         content = _read_content(options, problems)
         if options.list:
-            listed = _read_list(options.list)
-            stems = {image["id"]: _stem(image["file_name"]) for image in content["images"]}
-            for name in sorted(listed - set(stems.values())):
-                problems.count("listed images that are not there", name)
-            content = select(content, {own for own, stem in stems.items() if stem in listed})
+            content = select(content, _find_listed(options.list, content["images"], problems))
         if not content["images"]:
             raise UserError("no image is left: see that annotations and images have the same names")
         if options.val_output:
             chosen = choose_validation(content, options.val_share)
+            num_images = len(content["images"])
+            if not 0 < len(chosen) < num_images:
+                raise UserError(
+                    f"--val-share {options.val_share} puts {len(chosen)} of {num_images} images "
+                    "aside: give one that leaves images in both parts"
+                )
             _write(select(content, chosen), options.val_output)
             content = select(content, {image["id"] for image in content["images"]} - chosen)
         _write(content, options.output)

@@ -67,7 +67,8 @@ def evaluate(
         None, in every process, where any was told to stop.
 
     Raises:
-        UserError: where the folder of the images has vanished, or a loss is not finite.
+        UserError: where the folder of the images has vanished, no image can be read, or a loss is
+            not finite.
     """
     transform = EvalTransform(resize=detector.preprocess.for_loading().resize)
     dataset = DetectionDataset(index, transform, seed=0, training=False)
@@ -109,9 +110,11 @@ def evaluate(
         return None
     shares = processes.gather((results, sums, unreadable))
     results = [result for share in shares for result in share[0]]
+    unreadable = processes.share([name for share in shares for name in share[2]])
+    _check_any_is_read(index, unreadable)
     metrics: dict[str, Any] = {}
     if processes.is_main:
-        _warn_of_unreadable([name for share in shares for name in share[2]])
+        _warn_of_unreadable(unreadable)
         metrics = evaluator.evaluate(results) | _mean_losses([share[1] for share in shares])
     found = Evaluation(processes.share(metrics), results)
     broken = [name for name, value in found.scalars.items() if not math.isfinite(value)]
@@ -145,6 +148,7 @@ def evaluate_exported(
             results += _known_results(map(torch.from_numpy, found[:3]), image_id, categories)
     if unreadable and not index.images_dir.is_dir():
         raise UserError(f"{index.images_dir}: the folder of images is gone: bring it back")
+    _check_any_is_read(index, unreadable)
     _warn_of_unreadable(unreadable)
     return Evaluation(evaluator.evaluate(results), results)
 
@@ -156,6 +160,14 @@ def _known_results(
     boxes, scores, labels, *_ = found
     known = torch.isin(labels, torch.tensor(list(categories)))
     return coco_results(boxes[known], scores[known], labels[known], image_id, categories)
+
+
+def _check_any_is_read(index: CocoIndex, unreadable: list[str]) -> None:
+    if len(unreadable) == len(index):
+        raise UserError(
+            f"{index.images_dir}: none of its {len(index)} images can be read "
+            f"(first: {unreadable[0]})"
+        )
 
 
 def _warn_of_unreadable(names: list[str]) -> None:

@@ -59,6 +59,7 @@ class TrainingInputs:
         **augmentation: Any,
     ) -> None:
         self.seed = seed
+        self.max_boxes = max_boxes
         self.input_size = preprocess.input_size
         self.input_sizes = _list_sizes(multi_scale) if multi_scale else [preprocess.input_size]
         # It checks the settings for both.

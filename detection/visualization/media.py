@@ -111,7 +111,7 @@ class Source:
                 image = load_image(file)
             except UnreadableImage as error:
                 if file == self.path:
-                    raise _unreadable(file, error) from error
+                    raise UserError(f"{file} cannot be read: {error}") from error
                 self.unreadable.append(name)
                 continue
             yield Frame(name, image)

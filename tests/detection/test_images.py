@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detection.images import UnreadableImage, load_annotated_image, load_image, shrink_size
+from detection.errors import UserError
+from detection.images import (
+    UnreadableImage,
+    load_annotated_image,
+    load_image,
+    open_images,
+    shrink_size,
+)
 
 RED = (200, 40, 30)
 
@@ -45,7 +52,8 @@ def test_colour_modes(tmp_path: Path, mode: str, suffix: str):
 def test_grey_images(tmp_path: Path, image: Image.Image, suffix: str):
     path = tmp_path / f"image.{suffix}"
     image.save(path)
-    assert np.abs(np.asarray(load_image(path)).astype(int) - 100).max() <= 1
+    for picture in (load_image(path), *open_images([image, path])):
+        assert np.abs(np.asarray(picture).astype(int) - 100).max() <= 1
 
 
 @pytest.mark.filterwarnings("error")
@@ -54,7 +62,17 @@ def test_palette_with_transparency(tmp_path: Path):
     image = Image.new("P", (8, 6), 1)
     image.putpalette([0, 0, 0, *RED])
     image.save(path, transparency=bytes([0, 128]))
-    assert load_image(path).getpixel((3, 3)) == RED
+    with Image.open(path) as image:
+        for picture in (load_image(path), *open_images(image)):
+            assert picture.getpixel((3, 3)) == RED
+
+
+def test_floats_are_refused(tmp_path: Path):
+    image = Image.new("F", (8, 6), 0.5)
+    image.save(tmp_path / "image.tif")
+    for source in (image, tmp_path / "image.tif"):
+        with pytest.raises(UserError, match=r"cannot read .*its pixels are floats"):
+            open_images(source)
 
 
 @pytest.fixture
@@ -90,7 +108,7 @@ def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         load_image(path)
     Image.new("L", (100, 100)).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(UnreadableImage, match="exceeds limit"):
+    with pytest.raises(UnreadableImage, match="exceeds the limit of 2,000 pixels: shrink it"):
         load_image(path)
 
 

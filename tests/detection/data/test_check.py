@@ -86,6 +86,17 @@ def test_a_split_without_boxes(content: dict[str, Any], check: Callable[..., Any
     assert report["num_images_without_boxes"] == 4 and report["boxes_per_side"] == {}
 
 
+def test_more_boxes_in_an_image_than_training_takes(
+    content: dict[str, Any], check: Callable[..., Any]
+):
+    content["annotations"][1]["image_id"] = 1
+    assert not faults(check(content)[2])
+    status, _, report = check(content, "--max-boxes", "1")
+    kind = "images with more than max_boxes=1 boxes: raise data.augmentation.max_boxes"
+    assert status == 1
+    assert report["faults"] == [{"kind": kind, "count": 1, "cases": ["a.png: 2"]}]
+
+
 def cut_file(folder: Path, content: dict[str, Any]) -> None:
     file = folder / "images" / "b.png"
     file.write_bytes(file.read_bytes()[:300])

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import MAX_TEXT_CHUNK, PngInfo
 from pycocotools.coco import COCO
 
 from detection.data import check
-from detection.data.coco import CocoIndex, check_same_categories
+from detection.data.coco import CocoIndex, check_same_categories, check_trainable
 from detection.errors import UserError
 from detection.structures import Category
 
@@ -155,9 +155,40 @@ def test_unknown_references_are_counted(folder: Path, content: dict[str, Any]):
     assert sum(len(index.boxes(i)) for i in range(3)) == 0
     assert [line.partition(": ")[2] for line in index.describe()] == [
         "annotations of unknown images, dropped: 1 (first: annotation 1, image 99)",
-        "annotations of unknown categories, dropped: 2 (first: annotation 3, category [1])",
+        "annotations of unknown categories, dropped: 2 "
+        "(first: annotation 3, category [1] is a list; ids are whole numbers)",
         "there are no boxes to find",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"category_id": "2"}, "category '2' is a text; ids are whole numbers"),
+        ({"bbox": None}, "boxes that are not four finite numbers, dropped: 4"),
+        ({"iscrowd": 1}, "its boxes are all crowds"),
+    ],
+)
+def test_a_split_that_keeps_no_annotation_is_not_trained_on(
+    folder: Path, content: dict[str, Any], changes: dict[str, Any], reason: str
+):
+    check_trainable(load(folder, content))
+    check_trainable(load(folder, {**content, "annotations": []}))
+    for record in content["annotations"]:
+        record.update(changes)
+    with pytest.raises(UserError, match=f"no annotation is left to train on: .*{reason}"):
+        check_trainable(load(folder, content))
+
+
+def test_images_with_more_boxes_than_training_takes(folder: Path, content: dict[str, Any]):
+    index = load(folder, content)
+    assert index.count_boxes().tolist() == [2, 1, 0] and index.describe(2) == []
+    (line,) = index.describe(1)
+    assert "1 images have more than max_boxes=1 boxes (most: 2): raise data.augm" in line
+
+
+def test_a_byte_order_mark(folder: Path, content: dict[str, Any]):
+    assert len(load(folder, "\ufeff" + json.dumps(content))) == 3
 
 
 @pytest.mark.parametrize("size", [(0, 8), (8, -1), (None, 8), (1e6, 1e6), ("8", 8)])
@@ -259,7 +290,8 @@ def test_not_coco(folder: Path, text: str, part: str):
         ("images", [{"id": 2**63, "file_name": "a.png"}], "64 bits"),
         ("categories", [{"id": 1, "name": "dog\n"}], "'dog\\n': take the control characters out"),
         ("images", [{"id": 1, "file_name": "no\nfile.png"}], "control characters"),
-        ("images", [{"id": 1, "file_name": "no/file.png"}], "lacks 1 of the 1 images"),
+        ("images", [{"id": 1, "file_name": "no/file.png"}], "is it the right folder?"),
+        ("images", [{"id": 1, "file_name": "sub\\b.png"}], "write / for the backslashes"),
         ("images", [{"id": 1, "file_name": "instances.json"}], "no possible width and height"),
         ("annotations", [None], "annotation 0 is not an object"),
         ("annotations", [{"image_id": 7, "bbox": []}], 'annotation 0 has no "category_id"'),
@@ -427,6 +459,9 @@ def test_check_same_categories(folder: Path, content: dict[str, Any]):
     for pair in ((train, more), (more, train)):
         with pytest.raises(UserError, match="4 'bird'"):
             check_same_categories(*pair)
+    content["categories"] = [{"id": 9, "name": "dog"}, {"id": 52, "name": "cat"}]
+    with pytest.raises(UserError, match=r"has the category 2 'cat', .* has it as id 52: both need"):
+        check_same_categories(train, load(folder, content))
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_what_cannot_be_a_source_is_named(tmp_path: Path) -> None:
 
 def test_a_source_without_anything_readable_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"a\.png cannot be read"):
+    with pytest.raises(UserError, match=r"a\.png cannot be read: it is not an image$"):
         list(read_source(tmp_path / "a.png"))
     with pytest.raises(UserError, match="none of the 1 pictures"):
         list(read_source(tmp_path))
