@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.backends import mha
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -33,7 +35,8 @@ def cost_table(module: nn.Module, *inputs: Any) -> list[ModuleCost]:
     mixing of the kernels and the routing; no batch norm, no activations, as papers count. The
     rows add up to `count_multiply_adds` and `count_parameters`: what a module computes by itself,
     as attention often is, is a row of its own, and a parameter that several modules share counts
-    once. Give a batch of one for the cost of one example; on the meta device nothing is computed.
+    once. An `nn.LSTM` counts nothing on a CPU. Give a batch of one for the cost of one example; on
+    the meta device nothing is computed.
     """
     names = {child: name for name, child in module.named_modules()}
     training = {child: child.training for child in names}
@@ -58,11 +61,19 @@ def cost_table(module: nn.Module, *inputs: Any) -> list[ModuleCost]:
 
     handles = [child.register_forward_pre_hook(enter) for child in names]
     handles += [child.register_forward_hook(leave) for child in names]
+    # On a CPU, the kernels that compute attention in one are unknown to the counter.
+    fastpath = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
     module.eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with (
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
             module(*inputs)
     finally:
+        mha.set_fastpath_enabled(fastpath)
         for handle in handles:
             handle.remove()
         for child, flag in training.items():

@@ -58,7 +58,8 @@ def capture_routing(network: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     Gives a dictionary from the name of each router in `network` that ran, in the order in which
     they first did, to its weights (N, E): detached, on the CPU, a row for each example of each
-    call. Routers are those of `find_routers`.
+    call. Routers are those of `find_routers`. Under activation checkpointing, a backward pass
+    inside the `with` runs the routers again, and every row comes twice.
 
     Raises:
         ValueError: where `network` has no router; at the end, where none ran. A network that has

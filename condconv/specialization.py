@@ -49,6 +49,13 @@ class FixedConv2d(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
+class NoRouter(nn.Module):
+    """In the place of a router whose weights no layer needs any more; gives None."""
+
+    def forward(self, x: Tensor) -> None:
+        return None
+
+
 @torch.no_grad()
 def specialize(network: nn.Module, batches: Iterable[Tensor]) -> dict[str, RoutingSummary]:
     """Freeze routing to its mean over samples and fold every CondConv into a convolution, in place.
@@ -57,7 +64,7 @@ def specialize(network: nn.Module, batches: Iterable[Tensor]) -> dict[str, Routi
     shape, and its arithmetic. A layer that runs several times a pass, as the towers of a RetinaNet
     on each level of the pyramid, gets the mean over all its runs.
 
-    Its routers are gone: a block's attribute `router` becomes None. Only timm's blocks go on
+    Its routers are gone: those that blocks have of their own give None. Only timm's blocks go on
     computing theirs, `routing_fn`, whose result is not used; an exported graph leaves it out.
 
     Args:
@@ -87,15 +94,19 @@ def specialize(network: nn.Module, batches: Iterable[Tensor]) -> dict[str, Routi
         hooks.callback(restore_modes)
         for layer in layers:
 
-            def take_argument(module: nn.Module, args: Any, layer: CondConv2d = layer) -> None:
-                seen[layer] += args[1:2]
+            def take_argument(
+                module: nn.Module, args: Any, kwargs: Any, layer: CondConv2d = layer
+            ) -> None:
+                weights = kwargs.get("routing_weights", args[1] if len(args) > 1 else None)
+                if weights is not None:  # else the layer asks a router of its own
+                    seen[layer].append(weights)
 
             def take_output(
                 module: nn.Module, _: Any, output: Tensor, layer: CondConv2d = layer
             ) -> None:
                 seen[layer].append(output)
 
-            hooks.callback(layer.register_forward_pre_hook(take_argument).remove)
+            hooks.callback(layer.register_forward_pre_hook(take_argument, with_kwargs=True).remove)
             if isinstance(layer, RoutedCondConv2d):
                 hooks.callback(layer.router.register_forward_hook(take_output).remove)
         network.eval()
@@ -112,6 +123,6 @@ def specialize(network: nn.Module, batches: Iterable[Tensor]) -> dict[str, Routi
     for block in list(network.modules()):
         if isinstance(block, SharedRouting):
             block.restore_class()
-        elif isinstance(getattr(block, "router", None), Router):
-            block.register_module("router", None)
+    routers = [child for child in network.modules() if isinstance(child, Router)]
+    replace_modules(network, {router: NoRouter() for router in routers})
     return summarize_routing(routing)

@@ -24,14 +24,15 @@ def quantize_experts(
     Returns:
         Q in the shape of `weight`, s (O,), and t.
     """
-    largest = raise_dead(np.abs(weight).max((0, 2, 3, 4)))
+    # Something to divide by for channels of zeros, too, less than any number of 32 bits.
+    largest = np.maximum(np.abs(weight).max((0, 2, 3, 4)), 1e-60, dtype=np.float64)
     flat, mixed = weight.reshape(len(weight), -1), np.zeros_like(largest)
     for row in routing_weights:
         mixed = np.maximum(mixed, np.abs(row @ flat).reshape(len(mixed), -1).max(1))
     # Where experts cancel, kernels are small beside them. Up to one bit of the other channels'
     # experts is given, so that these kernels have more of the codes.
     share = mixed / largest
-    scale = largest * np.maximum(1, 2 * share / (share.max() or 1)) / np.float32(127)
+    scale = largest * np.maximum(1, 2 * share / (share.max() or 1)) / 127
     codes = np.rint(weight / scale[:, None, None, None]).astype(np.int8)
     return codes, scale, float((mixed / scale).max() / max_code) or 1.0
 
@@ -47,11 +48,6 @@ def stack_blocks(codes: np.ndarray) -> np.ndarray:
     num_blocks = max(n for n in range(1, most + 1) if size % n == 0)
     blocks = codes.reshape(num_experts, num_blocks, -1).swapaxes(0, 1)
     return blocks.reshape(num_blocks * num_experts, -1)
-
-
-def raise_dead(sizes: np.ndarray) -> np.ndarray:
-    """Sizes of channels, those raised that are less than a code beside the largest."""
-    return np.maximum(sizes, sizes.max() / 256 or 1)
 
 
 def find_positions(layer: Layer) -> tuple[np.ndarray, tuple[int, int]]:

@@ -22,12 +22,7 @@ import numpy as np
 
 from detection.export.conditional import Layer, Ranges, find_layers
 from detection.export.integer_bodies import Codes, Constants, convolve, multiply
-from detection.export.integer_kernels import (
-    find_positions,
-    quantize_experts,
-    raise_dead,
-    stack_blocks,
-)
+from detection.export.integer_kernels import find_positions, quantize_experts, stack_blocks
 
 FLOAT = 1  # ONNX's number of the type
 
@@ -75,10 +70,15 @@ class _Writer:
         """Put integers in a layer's place; `routing_weights` (N, E) are of all calls."""
         tape = self.new_tape()
         x = self.maps.get(layer.x) or self.encode(layer, ranges.x)
-        kernels = self.mix(tape, layer, routing_weights)
-        unit = x.scale.const_value.numpy() * kernels.scale.const_value.numpy()
+        _, shift = layer.affine()
+        of_x = x.scale.const_value.numpy()
+        # A bias has codes of 32 bits, in the unit of the products. Where it would need more, the
+        # unit is raised: products are nothing beside such a bias, and a hundred of the largest stay
+        # below 0.4 % of it.
+        kernels = self.mix(tape, layer, routing_weights, np.abs(shift) / of_x / 2**30)
+        unit = of_x * kernels.scale.const_value.numpy()
         bias = Codes(
-            self.constant(f"{layer.name}_bias", np.rint(layer.affine()[1] / unit).astype(np.int32)),
+            self.constant(f"{layer.name}_bias", np.rint(shift / unit).astype(np.int32)),
             self.constant(f"{layer.name}_bias_scale", unit),
             None,
         )
@@ -161,8 +161,8 @@ class _Writer:
             mean = tape.op("Mul", [tape.op("Cast", [sums], {"to": FLOAT}), scale])
             node.outputs[0].replace_all_uses_with(mean)
 
-    def mix(self, tape: Any, layer: Layer, routing_weights: np.ndarray) -> Codes:
-        """Kernels of all images as uint8, scaled as batch norm wants them."""
+    def mix(self, tape: Any, layer: Layer, routing_weights: np.ndarray, least: np.ndarray) -> Codes:
+        """Kernels of all images as uint8, scaled as batch norm wants, by `least` (O,) or more."""
         name, product = layer.experts.name, layer.groups == 1
         weight = layer.experts.const_value.numpy().reshape(-1, *layer.kernel_shape)
         zero = 64 if product else 128
@@ -187,7 +187,7 @@ class _Writer:
             ],
         )  # fmt: skip
         scale = scale * step * layer.affine()[0]
-        scale = np.where(scale < 0, -1, 1) * raise_dead(np.abs(scale))
+        scale = np.copysign(np.maximum(np.abs(scale), np.maximum(least, 1e-30)), scale)
         zeros = np.full(len(scale), zero, np.int8 if product else np.uint8)
         return Codes(
             tape.op("Reshape", [kernels, self.constant.shape(-1, *shape)]),

@@ -1,8 +1,9 @@
 """Weights of the TensorFlow Object Detection API's SSD MobileNetV1, and of TF-slim's MobileNetV1.
 
 `python -m detection.importers.tensorflow CHECKPOINT_OR_NPZ --output FILE.pt` writes a checkpoint
-that detects what the TensorFlow model detects. TensorFlow's own checkpoints need tensorflow
-installed; an .npz file of the variables by name does not.
+that detects what the TensorFlow model detects, on the same input: images are resized a little
+otherwise, see docs/paper.md. TensorFlow's own checkpoints need tensorflow installed; an .npz file
+of the variables by name does not.
 """
 
 from __future__ import annotations

@@ -294,7 +294,8 @@ def make_conditional(
     blocks = _find_blocks(network)
     if not 0 < num_blocks <= len(blocks):
         raise ValueError(
-            f"{num_blocks} blocks of {name} cannot be conditional: {len(blocks)} are found"
+            f"{num_blocks} blocks of {name} cannot be conditional: {len(blocks)} are found, which "
+            "are looked for in nn.Sequential and nn.ModuleList; take fewer, or another network"
         )
     blocks = blocks[-num_blocks:]
     starts = tuple(f"{block}." for block in blocks)

@@ -51,6 +51,16 @@ def test_multiply_adds_by_hand(module: nn.Module, expected: int) -> None:
     assert count_multiply_adds(module, torch.zeros(1, 4, 9, 8)) == expected
 
 
+def test_attention_counts_on_a_cpu() -> None:
+    attention = nn.MultiheadAttention(64, 4, batch_first=True)
+    x = torch.zeros(1, 10, 64)
+    # Queries, keys, values and outputs; and of the four heads together, scores and their sums.
+    assert count_multiply_adds(attention, x, x, x) == 4 * 10 * 64 * 64 + 2 * 10 * 10 * 64
+    assert torch.backends.mha.get_fastpath_enabled()
+    block = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    assert count_multiply_adds(block, x) == 176_640 + 2 * 10 * 64 * 128
+
+
 @pytest.mark.parametrize("kernel_size", [1, 3])
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("layer_class", [CondConv2d, partial(TimmCondConv2d, bias=True)])

@@ -47,6 +47,25 @@ def a_router_each() -> nn.Module:
     )  # fmt: skip
 
 
+class HandWritten(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = Router(3, 3)
+        self.depthwise = CondConv2d(3, 3, 3, padding=1, groups=3, num_experts=3)
+        self.pointwise = CondConv2d(3, 4, 1, num_experts=3)
+        self.own = RoutedCondConv2d(4, 4, 1, num_experts=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.router(x)
+        x = self.pointwise(x=self.depthwise(x, weights), routing_weights=weights)
+        return self.own(x, None)
+
+
+def written_by_hand() -> nn.Module:
+    torch.manual_seed(0)
+    return HandWritten().eval()
+
+
 def efficientnet() -> nn.Module:
     torch.manual_seed(0)
     network = timm.create_model("tf_efficientnet_cc_b0_4e", features_only=True, out_indices=(4,))
@@ -63,7 +82,9 @@ def outputs(network: nn.Module, x: Tensor) -> list[Tensor]:
     return list(y) if isinstance(y, (tuple, list)) else [y]
 
 
-@pytest.mark.parametrize("make", [mobilenet, one_routing_a_block, a_router_each, efficientnet])
+@pytest.mark.parametrize(
+    "make", [mobilenet, one_routing_a_block, a_router_each, written_by_hand, efficientnet]
+)
 def test_on_the_image_it_was_specialized_to_it_is_the_same(make: Callable[[], nn.Module]) -> None:
     network, x = make(), images(1)
     expected = outputs(network, x)

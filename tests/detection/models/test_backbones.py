@@ -184,7 +184,7 @@ def test_nothing_is_frozen_by_default(kind: str) -> None:
         (lambda: TimmBackbone("convnext_atto", num_experts=2), "set num_conditional_blocks"),
         (
             lambda: TimmBackbone("regnety_002", num_experts=2, num_conditional_blocks=3),
-            "3 blocks of regnety_002 cannot be conditional: 0 are found",
+            "3 blocks of regnety_002 cannot be conditional: 0 are found, which are looked for in",
         ),
         (lambda: TimmBackbone("hrnet_w18_small", frozen_stages=1), "set frozen_stages=0"),
     ],
