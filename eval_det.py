@@ -7,6 +7,8 @@ second one, and `report=true` writes a page about it all.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """The command `eval-det`."""
-    run_script(evaluate_checkpoint, config_name="eval")
+    run_script(evaluate_checkpoint, config_name="eval", folder="output")
 
 
 def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
@@ -100,26 +102,27 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
 
         detectors: list[Detector | OnnxDetector] = []
         found: list[Evaluation] = []
-        for file in loaded:
+        for path, file in zip(paths, loaded, strict=True):
             batch_size = settings["batch_size"]
-            if isinstance(file, OnnxDetector):
-                detectors.append(file)
-                found.append(evaluate_exported(file, index, evaluator, batch_size=batch_size))
-                continue
-            parts = load_model(file, weights=content["weights"])
-            detector = Detector(parts, read_categories(file), processes.device)
-            detectors.append(detector)
-            evaluation = evaluate(
-                detector,
-                index,
-                evaluator,
-                processes=processes,
-                criterion=parts.criterion,
-                batch_size=batch_size,
-                num_workers=settings["num_workers"],
-            )
-            assert evaluation is not None  # nothing told it to stop
-            found.append(evaluation)
+            with _naming(path):
+                if isinstance(file, OnnxDetector):
+                    detectors.append(file)
+                    found.append(evaluate_exported(file, index, evaluator, batch_size=batch_size))
+                    continue
+                parts = load_model(file, weights=content["weights"])
+                detector = Detector(parts, read_categories(file), processes.device)
+                detectors.append(detector)
+                evaluation = evaluate(
+                    detector,
+                    index,
+                    evaluator,
+                    processes=processes,
+                    criterion=parts.criterion,
+                    batch_size=batch_size,
+                    num_workers=settings["num_workers"],
+                )
+                assert evaluation is not None  # nothing told it to stop
+                found.append(evaluation)
         if processes.is_main:
             write_metrics(found[0].metrics, output / "metrics.json")
             write_results(found[0].results, output / "detections.json")
@@ -135,6 +138,17 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
             if content["report"] or content["compare"]:
                 _report(content, detectors[0], index, evaluator, paths, found, output, console)
     return found[0].metrics
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Have a UserError say which of two files it is about."""
+    from detection.errors import UserError
+
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _report(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from detection.cli import (
@@ -22,17 +23,17 @@ from detection.engine.stop import StopRequest
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from detection.structures import Category
+
 
 def main() -> None:
     """The command `train-det`."""
     with StopRequest() as request:
-        run_script(partial(_job, request=request), config_name="train")
+        run_script(partial(_job, request=request), config_name="train", folder="run_dir")
 
 
 def _job(config: DictConfig, request: StopRequest) -> None:
     number = job_number()
-    if number is not None:
-        config.run_dir = f"{config.run_dir}/{number}"
     if number and request.received:  # a signal stops a sweep, not only the job that runs
         print(f"stopped before job {number}", flush=True)
         return
@@ -65,7 +66,7 @@ def train(
 
     from condconv import count_parameters
     from detection.build import build, build_model, build_partial
-    from detection.checkpoint import save_checkpoint
+    from detection.checkpoint import read_categories, save_checkpoint
     from detection.data.coco import CocoIndex, check_same_categories, check_trainable
     from detection.data.dataset import find_shorter_side
     from detection.data.sources import load_split
@@ -136,6 +137,14 @@ def train(
         check_same_categories(train_index, val_index)
         check_trainable(train_index)
         categories = train_index.categories
+        if checkpoint is not None:
+            for saved, own in zip_longest(read_categories(checkpoint), categories):
+                if saved != own:
+                    raise UserError(
+                        f"{train_index.annotations_file} has {_name(own)} where the run has "
+                        f"{_name(saved)}: resume=true needs the same classes; a new run with "
+                        f"model.weights={folder.last} takes what it learnt of each name"
+                    )
 
         torch.manual_seed(seed)
         parts = build_model(content["model"], len(categories))
@@ -263,6 +272,10 @@ def train(
         request.received = processes.any(request.received)
         metrics = read_json(folder.metrics) if folder.metrics.exists() else {}
         return processes.share(metrics)
+
+
+def _name(category: Category | None) -> str:
+    return f"the category {category.id} {category.name!r}" if category else "no category more"
 
 
 if __name__ == "__main__":

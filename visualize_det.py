@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """The command `visualize-det`."""
-    run_script(visualize, config_name="visualize")
+    run_script(visualize, config_name="visualize", folder="output")
 
 
 def visualize(config: DictConfig) -> list[Path]:
@@ -54,6 +54,8 @@ def visualize(config: DictConfig) -> list[Path]:
         raise UserError(f"format={content['format']}: give jpg or png, or leave it out")
     if content["batch_size"] < 1:
         raise UserError(f"batch_size={content['batch_size']}: give at least 1")
+    if not 0 <= content["score_threshold"] <= 1:
+        raise UserError(f"score_threshold={content['score_threshold']}: give one from 0 to 1")
     limit = content["max_images"]
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise UserError(f"max_images={limit}: give at least 1, or null")
@@ -86,7 +88,7 @@ def _draw_source(detector: Detector, content: dict[str, Any]) -> list[Path]:
     from detection.visualization.frames import draw_frames
     from detection.visualization.media import read_source
 
-    source = read_source(content["source"])
+    source = read_source(content["source"], output=content["output"])
     limit, batch_size = content["max_images"], content["batch_size"]
     num_expected = min(filter(None, (source.num_frames, limit)), default=None)
     if num_expected != 1:
@@ -120,7 +122,10 @@ def _draw_source(detector: Detector, content: dict[str, Any]) -> list[Path]:
     for name in source.unreadable:
         LOGGER.warning("cannot read %s: left out", name)
     if source.num_ignored:
-        LOGGER.warning("%d files are no pictures by their suffix: left out", source.num_ignored)
+        LOGGER.warning(
+            "%d files are no pictures by their suffix, or in the output folder: left out",
+            source.num_ignored,
+        )
     num_detections = sum(len(frame.detections.scores) for frame in drawn)
     LOGGER.info(
         f"{num_detections} detections in {len(drawn)} pictures, {rate:.1f} pictures a second: "

@@ -421,7 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args, given = parser.parse_known_args(arguments)
     overrides = [*COMMON, *(QUICK if args.quick else ()), *given]
     try:
-        check_overrides("train", overrides)
+        overrides = check_overrides("train", overrides)
         setting = read_setting(overrides)
     except UserError as error:
         fail(error)

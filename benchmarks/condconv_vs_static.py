@@ -203,12 +203,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     static: list[Run] = []
     condconv: list[Run] = []
     try:
-        check_overrides("train", options.overrides)
+        overrides = check_overrides("train", options.overrides)
         for seed in options.seeds:
             for num_experts, runs in ((1, static), (options.num_experts, condconv)):
                 own = [f"seed={seed}", f"model.num_experts={num_experts}"]
                 path = options.output / f"{num_experts}_experts_seed_{seed}"
-                runs.append(train_run(path, [*options.overrides, *own]))
+                runs.append(train_run(path, [*overrides, *own]))
     except UserError as error:
         fail(error)
     print(describe(static, condconv, options.seeds, options.num_experts))

@@ -92,6 +92,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: where it is missing, cannot be read, or is no checkpoint of this project.
     """
     path = Path(path)
+    if path.suffix == ".onnx":
+        raise UserError(
+            f"{path}: give a checkpoint of train_det.py; only eval_det.py and OnnxDetector take "
+            "exported files"
+        )
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
     _check_whole(path)

@@ -13,17 +13,25 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from detection.errors import UserError
+
+# Keys that are null by default and take a text, by their last part; others take numbers.
+TEXTS = re.compile(
+    r"(.*\.)?(annotations|backbone_weights|checkpoint|compare|entity|ids|image_cache_folder|images"
+    r"|license|output|root|source|tracking_uri|weights)"
+)
 
 
 def config_dir() -> Path:
@@ -33,10 +41,15 @@ def config_dir() -> Path:
     return checkout if (checkout / "train.yaml").is_file() else package / "configs"
 
 
-def run_script(job: Callable[[DictConfig], object], *, config_name: str) -> None:
+def run_script(
+    job: Callable[[DictConfig], object], *, config_name: str, folder: str | None = None
+) -> None:
     """Compose the config from the command line and give it to `job`.
 
     A mistake of the user is one line and, at the end, status 1; the other jobs of a sweep run.
+
+    Args:
+        folder: the key of the output folder: each job of a sweep has one of its own in it.
     """
     # A traceback is for bugs, and then a whole one.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -44,6 +57,9 @@ def run_script(job: Callable[[DictConfig], object], *, config_name: str) -> None
 
     def guarded(config: DictConfig) -> None:
         nonlocal failed
+        number = job_number()
+        if folder is not None and number is not None:
+            config[folder] = f"{config[folder]}/{number}"
         try:
             job(config)
             return
@@ -55,15 +71,18 @@ def run_script(job: Callable[[DictConfig], object], *, config_name: str) -> None
             place = error.filename or "a file could not be written"
             line = f"{place}: {error.strerror}: make room; a run goes on with resume=true"
         failed = True
-        number = job_number()
         _print_mistake(line if number is None else f"job {number}: {line}")
 
     arguments = sys.argv[1:]
     if not {"--help", "-h", "--hydra-help", "--version"} & set(arguments):
         try:
-            words = [word for word in arguments if not word.startswith("-")]
-            sweeps = bool({"--multirun", "-m", "hydra.mode=MULTIRUN"} & set(arguments))
-            check_overrides(config_name, words, sweeps=sweeps)
+            known = get_args_parser().parse_intermixed_args(arguments)
+            words = known.overrides
+            sweeps = known.multirun or "hydra.mode=MULTIRUN" in words
+            flags = [word for word in arguments if word not in words]
+            # What Hydra reads: its own parser takes no flags between overrides.
+            words = check_overrides(config_name, words, sweeps=sweeps, folder=folder)
+            sys.argv[1:] = [*words, *flags]
         except UserError as error:
             fail(error)
     hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(
@@ -88,62 +107,153 @@ def _print_mistake(line: str) -> None:
     print(f"error: {line}", file=sys.stderr, flush=True)
 
 
-def check_overrides(config_name: str, words: list[str], *, sweeps: bool = True) -> None:
+def check_overrides(
+    config_name: str, words: Sequence[str], *, sweeps: bool = True, folder: str | None = None
+) -> list[str]:
     """Compose once to see whether the overrides fit.
 
     Args:
         sweeps: whether a key may have several values.
+        folder: the key of the output folder, which a sweep needs.
+
+    Returns:
+        The words for Hydra, with quotes where it would not take a value as it is meant.
 
     Raises:
         UserError: naming the word that does not, and the nearest that would.
     """
+    overrides = [_parse(word) for word in words]
+    for override in overrides:
+        if override.is_sweep_override() and not sweeps:
+            raise UserError(
+                f"{override.input_line}: several values are a sweep: add --multirun, or write a "
+                f"list as [a,b], or a text as {shlex.quote(_quote(override))}"
+            )
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        groups = [own for own in overrides if _all_options(loader, own.key_or_group)]
         try:
-            overrides = OverridesParser.create().parse_overrides(words)
-        except HydraException as error:
-            raise UserError(
-                f"cannot read the overrides {' '.join(words)}: write key=value "
-                f"({str(error).splitlines()[0]})"
-            ) from error
-        for override in overrides:
-            if override.is_sweep_override() and not sweeps:
-                raise UserError(
-                    f"{override.input_line}: several values are a sweep: add --multirun, or "
-                    "write a list as [a,b]"
-                )
-        single = [_first_of_sweep(override) for override in overrides]
-        try:
-            composed = compose(config_name, overrides=single)
-        except (HydraException, OmegaConfBaseException) as error:
-            reason = _explain(config_name, overrides) or " ".join(str(error).split())
+            defaults = compose(config_name, overrides=[_first_of_sweep(own) for own in groups])
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            reason = _explain_groups(loader, groups) or " ".join(str(error).split())
             raise UserError(reason) from error
-        _check_types(config_name, overrides, composed)
+        saved = _read_saved(overrides)
+        if saved is not None:
+            OmegaConf.set_struct(defaults, False)
+            defaults = OmegaConf.merge(defaults, saved)
+            assert isinstance(defaults, DictConfig)
+        overrides = [own if own in groups else _as_text(own, defaults) for own in overrides]
+        keys = [own for own in overrides if own not in groups]
+        if sweeps and folder is not None and defaults[folder] is None:
+            single = {own.key_or_group for own in keys if not own.is_sweep_override()}
+            if folder not in single:
+                raise UserError(
+                    f"a sweep needs {folder}=DIR: each of its jobs has a folder of its own there"
+                )
+        if saved is not None:
+            _check_known(loader, defaults, keys)
+            # Today's options may lack what those of the run have.
+            overrides = [own if own in groups else _force(own) for own in overrides]
+        composed = defaults
+        if keys:
+            try:
+                composed = compose(config_name, overrides=[_first_of_sweep(o) for o in overrides])
+            except (HydraException, OmegaConfBaseException) as error:
+                _check_known(loader, defaults, keys)
+                raise UserError(" ".join(str(error).split())) from error
+        _check_additions(loader, defaults, keys)
+        _check_types(keys, defaults, composed)
+    return [str(own.input_line) for own in overrides]
 
 
-def _check_types(config_name: str, overrides: list[Override], composed: DictConfig) -> None:
-    """See that values are of their defaults' kind: Hydra takes `no` for a text, which is true."""
-    loader = GlobalHydra.instance().config_loader()
-    groups, keys = [], []
-    for override in overrides:
-        is_group = bool(_all_options(loader, override.key_or_group))
-        (groups if is_group else keys).append(override)
-    if not keys:
-        return
-    defaults = compose(config_name, overrides=[_first_of_sweep(override) for override in groups])
-    for override in keys:
-        key = override.key_or_group
+def _parse(word: str) -> Override:
+    """An override; a value that Hydra cannot read is a text, and gets quotes."""
+    key, equals, value = word.partition("=")
+    if word.startswith("="):
+        raise UserError(f"{word}: this is no override: write key=value")
+    # No shell expands ~ behind a key with a dot.
+    quoted = f"{key}={_in_quotes(os.path.expanduser(value))}" if equals else word
+    parser = OverridesParser.create()
+    try:
+        return parser.parse_override(word)
+    except HydraException:
         try:
-            default, value = (OmegaConf.select(config, key) for config in (defaults, composed))
-        except OmegaConfBaseException:
-            continue  # of an interpolation, which tells of itself where it is needed
-        if isinstance(default, bool):
-            wrong = None if isinstance(value, bool) or value is None else "true or false"
-        else:  # a number may stand for a list of equal ones, and a list for a number
-            asked = {int: "a number", float: "a number", ListConfig: "a list, as [a,b]"}
-            wrong = asked.get(type(default)) if isinstance(value, str) else None
+            return parser.parse_override(quoted)
+        except HydraException as error:
+            raise UserError(f"{word}: this is no override: write key=value") from error
+
+
+def _in_quotes(text: str) -> str:
+    return QuotedString(text, Quote.double).with_quotes()
+
+
+def _quote(override: Override) -> str:
+    """The override with its value, as it was typed, as a text."""
+    key, _, value = str(override.input_line).partition("=")
+    return f"{key}={_in_quotes(value)}"
+
+
+def _as_text(override: Override, defaults: DictConfig) -> Override:
+    """With quotes, where a number stands for a text: a folder may be called 2024_01_05."""
+    default, key = _select(defaults, override), override.key_or_group
+    is_text = isinstance(default, str) or (default is None and TEXTS.fullmatch(key))
+    if not is_text or override.is_sweep_override():
+        return override
+    return _parse(_quote(override)) if isinstance(override.value(), (int, float)) else override
+
+
+def _force(override: Override) -> Override:
+    return override if override.is_delete() else _parse(f"++{str(override.input_line).lstrip('+')}")
+
+
+def _read_saved(overrides: Sequence[Override]) -> DictConfig | None:
+    """The config of the run, or of a sweep's first, that `resume=true` goes on with.
+
+    None where there is none that can be read, which is told of when it is needed.
+    """
+    given = {own.key_or_group: own for own in overrides}
+    if "run_dir" not in given or "resume" not in given or given["resume"].value() is not True:
+        return None
+    folder = given["run_dir"].value()
+    if not isinstance(folder, str):
+        folder = str(given["run_dir"].input_line).partition("=")[2]
+    for path in (Path(folder, "config.yaml"), Path(folder, "0", "config.yaml")):
+        try:
+            config = OmegaConf.load(path)
+        except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException):
+            continue
+        return config if isinstance(config, DictConfig) else None
+    return None
+
+
+def _select(config: DictConfig, override: Override) -> Any:
+    try:
+        return OmegaConf.select(config, override.key_or_group)
+    except OmegaConfBaseException:
+        return None  # of an interpolation, which tells of itself where it is needed
+
+
+def _check_types(keys: Sequence[Override], defaults: DictConfig, composed: DictConfig) -> None:
+    """See that values are of their defaults' kind: Hydra takes `no` for a text, which is true."""
+    for override in keys:
+        default, value = _select(defaults, override), _select(composed, override)
+        # A number may stand for a list of equal ones, and a list for a number.
+        asked = {
+            bool: "true or false",
+            int: "a number",
+            float: "a number",
+            ListConfig: "a list, as [a,b]",
+        }.get(type(default), "a value")
+        if override.value() is None:  # those who read a section know what may be null in it
+            wrong = default is not None and "." not in override.key_or_group
+        elif isinstance(default, bool):
+            wrong = not isinstance(value, bool)
+        else:
+            wrong = isinstance(value, str) and isinstance(default, (int, float, ListConfig))
         if wrong:
-            raise UserError(f"{key}={value}: give {wrong}")
+            shown = "null" if value is None else value
+            raise UserError(f"{override.key_or_group}={shown}: give {asked}")
 
 
 def _first_of_sweep(override: Override) -> str:
@@ -153,30 +263,41 @@ def _first_of_sweep(override: Override) -> str:
     return f"{override.get_key_element()}={first}"
 
 
-def _explain(config_name: str, overrides: list[Override]) -> str | None:
-    """The first override that names no group, option or key, and what it may have meant."""
-    loader = GlobalHydra.instance().config_loader()
-    choices = []
-    for override in overrides:
+def _explain_groups(loader: Any, groups: Sequence[Override]) -> str | None:
+    """The first override that names no option of its group, and what it may have meant."""
+    for override in groups:
         group, value = override.key_or_group, str(override.value())
         options = _all_options(loader, group)
-        if options and value not in options:
+        if value not in options:
             return f"{group}={value}: there is no such {group}; {_suggest(value, options)}"
-        if options:
-            choices.append(str(override.input_line))
-    try:
-        composed = compose(config_name, overrides=choices)
-    except (HydraException, OmegaConfBaseException):
-        return None
-    keys = list(_flatten(composed))
-    for override in overrides:
-        key = override.key_or_group
-        known = {*keys, *loader.list_groups("")}
-        if key not in known and not override.is_add():
-            if key.startswith("model.") and "model._target_" not in known:
-                return f"{key}: the model is that of the checkpoint; write +{override.input_line}"
-            return f"{key}: there is no such key; {_suggest(key, sorted(known))}"
     return None
+
+
+def _check_known(loader: Any, defaults: DictConfig, keys: Sequence[Override]) -> None:
+    """Raise a UserError for the first override of a key that is not there."""
+    known = {*_flatten(defaults), *loader.list_groups("")}
+    for override in keys:
+        key = override.key_or_group
+        if key in known or key.startswith("hydra.") or _adds(override):
+            continue
+        if key.startswith("model.") and "model._target_" not in known:
+            raise UserError(
+                f"{key}: the model is that of the checkpoint; write +{override.input_line}"
+            )
+        raise UserError(f"{key}: there is no such key; {_suggest(key, sorted(known))}")
+
+
+def _check_additions(loader: Any, defaults: DictConfig, keys: Sequence[Override]) -> None:
+    """Raise a UserError for one outside of all sections, where nothing reads it."""
+    known = sorted({*map(str, defaults), *loader.list_groups("")})
+    for override in keys:
+        section = override.key_or_group.split(".", 1)[0]
+        if _adds(override) and section not in (*known, "hydra"):
+            raise UserError(f"{override.input_line}: nothing reads it; {_suggest(section, known)}")
+
+
+def _adds(override: Override) -> bool:
+    return override.is_add() or override.is_force_add()
 
 
 def _all_options(loader: Any, group: str, prefix: str = "") -> list[str]:
@@ -247,7 +368,7 @@ def resume_command(run_dir: Path, launcher: str) -> str:
     path = str(run_dir)
     if not re.fullmatch(r"[\w./-]+", path, re.ASCII):
         # Once for Hydra, to whom a comma is a sweep, and once for the shell.
-        path = shlex.quote('"' + path.replace('"', '\\"') + '"')
+        path = shlex.quote(_in_quotes(path))
     return f"{words} run_dir={path} resume=true"
 
 
@@ -320,14 +441,18 @@ def lay_over(saved: DictConfig, composed: DictConfig, overrides: Sequence[str]) 
     """
     config = saved.copy()
     OmegaConf.set_struct(config, False)
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    for override in parsed:
-        key = override.key_or_group
+    given = set()
+    for override in map(_parse, overrides):
+        key = override.key_or_group.replace("/", ".")
         if key == "experiment":
             raise UserError("resume=true goes on with the run's own config: leave experiment= out")
+        if key in ("logger", "schedule"):
+            own, new = (OmegaConf.select(each, f"{key}._target_") for each in (saved, composed))
+            if own == new:
+                continue  # the run has that option, maybe with other values
         OmegaConf.update(config, key, OmegaConf.select(composed, key), merge=False)
+        given.add(key)
     # A schedule that ended with the run still does: saved configs are resolved.
-    given = {override.key_or_group for override in parsed}
     end = OmegaConf.select(saved, "schedule.steps")
     if (
         end is not None

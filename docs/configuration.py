@@ -29,6 +29,8 @@ HEADER = """# Configuration
 Every key is set on the command line as `key=value`, every group as `group=option`:
 `python train_det.py model=retinanet data=coco data.root=DIR trainer.steps=20000`. A key that an
 option does not list has the value of the option it builds on. `${...}` is the value of another key.
+A value is quoted for the shell as any word, `'source=IMG (1).jpg'`; a text with a comma, or in
+brackets, once more for Hydra: `'source="a,b.jpg"'`.
 """
 
 

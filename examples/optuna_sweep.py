@@ -47,7 +47,7 @@ def search(
     Raises:
         UserError: where the overrides are wrong.
     """
-    check_overrides("train", list(overrides))
+    overrides = check_overrides("train", overrides)
     output.mkdir(parents=True, exist_ok=True)
 
     def run_trial(trial: optuna.Trial) -> float:

@@ -169,8 +169,16 @@ def test_classes_are_matched_by_name(
 ):
     """Data with fewer classes, other ids and another order than the checkpoint's."""
     data = write_split(tmp_path, [{"id": 70, "name": "cross"}, {"id": 71, "name": "ring"}])
+    pictures = tmp_path / "out" / "visualizations"
+    pictures.mkdir(parents=True)
+    for name in ("7.jpg", "8.jpg", "mine.jpg"):
+        (pictures / name).touch()
+    (pictures / "pictures.txt").write_text("7.jpg\nmine.jpg\n")  # of an evaluation of other data
     metrics = evaluate(f"checkpoint={trained / 'checkpoints' / 'best.pt'}", *data)
     assert list(metrics["per_class"]) == ["cross", "ring"]
+    names = ["5.jpg", "8.jpg", "mine.jpg", "overview.jpg", "pictures.txt"]
+    assert sorted(path.name for path in pictures.iterdir()) == names
+    assert (pictures / "pictures.txt").read_text() == "5.jpg\noverview.jpg\n"
     results = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert {result["category_id"] for result in results} <= {70, 71} and results
 
@@ -179,7 +187,7 @@ def test_classes_that_do_not_fit_are_named(
     trained: Path, evaluate: Callable[..., dict[str, Any]], tmp_path: Path
 ):
     data = write_split(tmp_path, [{"id": 1, "name": "zebra"}])
-    with pytest.raises(UserError, match="detects 5 classes, and none named 'zebra'"):
+    with pytest.raises(UserError, match=r"best\.pt: .*detects 5 classes, and none named 'zebra'"):
         evaluate(f"checkpoint={trained / 'checkpoints' / 'best.pt'}", *data)
     assert not (tmp_path / "out").exists()
 
@@ -260,7 +268,7 @@ def test_weights_of_another_model(
     trained: Path, evaluate: Callable[..., dict[str, Any]], tmp_path: Path
 ):
     save_with(trained, tmp_path / "other.pt", "model.backbone.num_experts", 3)
-    with pytest.raises(UserError, match=r"of another model: .* is \(2, .*not \(3"):
+    with pytest.raises(UserError, match=r"other\.pt: .* of another model: .* is \(2, .*not \(3"):
         evaluate(f"checkpoint={tmp_path / 'other.pt'}")
 
 

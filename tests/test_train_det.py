@@ -453,6 +453,19 @@ def test_resume_refuses_what_changes_the_weights(run: Callable[..., Path], overr
         run("resume=true", override)
 
 
+def test_resume_refuses_other_classes_and_a_new_average(run: Callable[..., Path]):
+    path = run("trainer.steps=1", "trainer.ema_decay=null") / "checkpoints" / "last.pt"
+    with pytest.raises(UserError, match=r"trainer\.ema_decay: the run has no moving average"):
+        run("resume=true", "trainer.ema_decay=0.9")
+    content = load_checkpoint(path)
+    first, second = content["categories"][:2]
+    first[1], second[1] = second[1], first[1]
+    torch.save(content, path)
+    names = f"has the category 1 '{second[1]}' where the run has the category 1 '{first[1]}'"
+    with pytest.raises(UserError, match=names):
+        run("resume=true", "trainer.ema_decay=null")
+
+
 def test_nothing_is_written_where_the_data_is_wrong(run: Callable[..., Path], tmp_path: Path):
     with pytest.raises(UserError, match=r"model\.num_classes=3, but the data has 5 classes"):
         run("model.num_classes=3")

@@ -133,6 +133,8 @@ def test_a_split_beside_its_ground_truth(draw: Callable[..., list[Path]], traine
         (["source=null", "format=gif"], "give jpg or png"),
         (["checkpoint=null"], "checkpoint is not set"),
         (["batch_size=0"], "batch_size=0: give at least 1"),
+        (["score_threshold=40"], "score_threshold=40: give one from 0 to 1"),
+        (["checkpoint=base.onnx"], r"base\.onnx: give a checkpoint of train_det\.py"),
         (["max_images=-1"], "max_images=-1: give at least 1, or null"),
         (["source=0", "routing=true"], "routing=true is of a split"),
         (["source=null", "save_json=true"], "save_json=true is of a source"),

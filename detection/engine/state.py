@@ -74,6 +74,10 @@ class TrainState:
         Raises:
             UserError: where the state is of a run with other settings.
         """
+        if self.ema is not None and state["ema"] is None:
+            raise UserError(
+                "trainer.ema_decay: the run has no moving average to go on with: leave it null"
+            )
         try:
             self.network.load_state_dict(state["model"])
             if self.ema is not None:

@@ -41,7 +41,8 @@ class Source:
         is_video: whether the frames are those of a video or a camera.
         fps: frames a second of a video, else None.
         num_frames: how many frames to expect; None where a video does not say.
-        num_ignored: files of a folder that are no pictures by their suffix, or hidden.
+        num_ignored: files of a folder that are no pictures by their suffix, hidden, or in the
+            output folder.
         unreadable: what could not be read, filled while iterating.
     """
 
@@ -134,27 +135,33 @@ class Source:
             raise UserError(f"{self.path} holds no frames")
 
 
-def read_source(path: str | Path | int) -> Source:
+def read_source(path: str | Path | int, *, output: str | Path | None = None) -> Source:
     """What `path` holds: a picture, a video, or a folder with all pictures below it, sorted.
 
-    A number is a camera, from 0; its frames never end.
+    A number is a camera, from 0, unless a file has that name; its frames never end.
 
     EXIF orientation and a video's rotation are applied. In a folder, files that cannot be read are
     skipped and named in `Source.unreadable`.
+
+    Args:
+        output: the folder of the drawn pictures; inside of the source it is no part of it.
 
     Raises:
         UserError: the path or camera is missing, a folder without pictures, or of an unknown type;
             or, while iterating, a picture or video that stands alone, or a whole folder, cannot be
             read.
     """
-    if str(path).isdigit():
-        return Source(Path(f"camera_{path}"), [], is_video=True, camera=int(str(path)))
-    path = Path(str(path))
+    number, path = str(path), Path(str(path))
+    if number.isdigit() and not path.exists():
+        return Source(Path(f"camera_{number}"), [], is_video=True, camera=int(number))
     if not path.exists():
         raise UserError(f"{path} does not exist: give an image, a folder, a video or a camera (0)")
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.is_file())
         files = [file for file in found if _is_picture(file.relative_to(path))]
+        if output is not None and path.resolve() in Path(output).resolve().parents:
+            drawn = path / Path(output).resolve().relative_to(path.resolve())
+            files = [file for file in files if drawn not in file.parents]
         if not files:
             raise UserError(
                 f"{path} holds no pictures ({len(found)} other files):"

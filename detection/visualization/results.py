@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,16 +64,24 @@ def draw_results(
     """Write `draw_pairs`, and a sheet of the first of them.
 
     Args:
-        folder: for one JPEG an image, named by its id, and `overview.jpg`.
+        folder: for one JPEG an image, named by its id, and `overview.jpg`. What it holds of an
+            earlier call, as `pictures.txt` lists them, is deleted; other files are left.
 
     Returns:
-        The files written.
+        The pictures written.
     """
     pairs = draw_pairs(index, results, num_pictures=num_pictures, score_threshold=score_threshold)
     pictures = {f"{image_id}.jpg": picture for image_id, picture in pairs.items()}
     if pairs:
         sheet = contact_sheet(list(pairs.values())[:6], columns=2, max_size=900)
         pictures["overview.jpg"] = sheet
+    listing = Path(folder) / "pictures.txt"
+    if listing.exists():
+        for line in listing.read_text(encoding="utf-8").splitlines():
+            if re.fullmatch(r"(-?\d+|overview)\.jpg", line):
+                (Path(folder) / line).unlink(missing_ok=True)
+    listing.parent.mkdir(parents=True, exist_ok=True)
+    listing.write_text("".join(f"{name}\n" for name in pictures), encoding="utf-8")
     paths = [Path(folder) / name for name in pictures]
     for path, picture in zip(paths, pictures.values(), strict=True):
         write_picture(picture, path)

@@ -56,7 +56,10 @@ def test_every_option_composes(compose_config: Callable[..., Any], group: str):
         ("model=ssd300_mobilenet", "did you mean ssd300_mobilenet_v1"),
         ("data=cocoo", "did you mean coco"),
         ("logger=wandbb", "did you mean wandb"),
-        ("foo", "write key=value"),
+        ("foo", "foo: this is no override: write key=value"),
+        ("trainer.steps=1 =3", "^=3: this is no override: write key=value"),
+        ("model=5", "model=5: there is no such model; known are retinanet"),
+        ("+foo=1", r"\+foo=1: nothing reads it; known are"),
         ("trainer.steps=1,2 optimizer.lrr=3", "did you mean optimizer.lr"),
         ("experiment=finetune model.criterion.alpha=0.5", r"write \+model.criterion.alpha=0.5"),
     ],
@@ -79,7 +82,29 @@ def test_a_misspelt_word_is_answered_with_the_nearest(word: str, answer: str):
     ],
 )
 def test_right_words_pass(words: list[str]):
-    check_overrides("train", words)
+    assert check_overrides("train", words) == words
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("source=José (v2)/it's {a}, #1 = [b].jpg", "José (v2)/it's {a}, #1 = [b].jpg"),
+        ('source=a"b\\"', 'a"b\\"'),
+        ("source=f(1).jpg", "f(1).jpg"),
+        ("source=~/a.jpg", str(Path.home() / "a.jpg")),
+        ("source='a,b.jpg'", "a,b.jpg"),
+        ("source=2024_01_05", "2024_01_05"),
+        ("checkpoint=007", "007"),
+        ("output=5", "5"),
+        ("output=true", "true"),
+        ("max_images=5", 5),
+    ],
+)
+def test_a_text_is_read_as_it_is_meant(
+    compose_config: Callable[..., Any], word: str, value: str | int
+):
+    words = check_overrides("visualize", [word], sweeps=False)
+    assert compose_config("visualize", words)[word.partition("=")[0]] == value
 
 
 @pytest.mark.parametrize(
@@ -91,6 +116,10 @@ def test_right_words_pass(words: list[str]):
         ("train", "optimizer.lr=abc", r"optimizer\.lr=abc: give a number"),
         ("visualize", "score_threshold=abc", "score_threshold=abc: give a number"),
         ("train", "optimizer.betas=abc", r"optimizer\.betas=abc: give a list"),
+        ("train", "seed=rnge(3)", r"seed=rnge\(3\): give a number"),
+        ("visualize", "batch_size=null", "batch_size=null: give a number"),
+        ("visualize", "output=null", "output=null: give a value"),
+        ("eval", "report_images=null", "report_images=null: give a number"),
     ],
 )
 def test_a_value_of_another_kind_is_refused(config: str, word: str, answer: str):
@@ -101,6 +130,61 @@ def test_a_value_of_another_kind_is_refused(config: str, word: str, answer: str)
 def test_several_values_need_multirun():
     with pytest.raises(UserError, match="seed=1,2: several values are a sweep: add --multirun"):
         check_overrides("train", ["seed=1,2"], sweeps=False)
+    with pytest.raises(UserError, match=r"""or a text as 'source="a,b.jpg"'$"""):
+        check_overrides("visualize", ["source=a,b.jpg"], sweeps=False)
+
+
+def test_flags_may_stand_anywhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    found: list[Any] = []
+    common = ["eval_det.py", "checkpoint=a,b"]
+    monkeypatch.setattr(sys, "argv", [*common, "--multirun", f"output={tmp_path / 'a (1)'}"])
+    run_script(found.append, config_name="eval", folder="output")
+    assert [(own.checkpoint, own.output) for own in found] == [
+        ("a", f"{tmp_path}/a (1)/0"),
+        ("b", f"{tmp_path}/a (1)/1"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["eval_det.py", "split=val", "--cfg", "job", "device=cpu"])
+    run_script(found.append, config_name="eval")
+    assert "device: cpu" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*common, "--multirun"])
+    with pytest.raises(SystemExit):
+        run_script(found.append, config_name="eval", folder="output")
+    assert "a sweep needs output=DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        (["logger.mode=offline"], {"mode": "offline"}),
+        (["logger=wandb", "logger.mode=offline"], {"mode": "offline"}),
+        (["data.train.images=/x"], {}),
+        (["data.train.images=/y"], "cannot change data"),
+        (["model/backbone=mobilenet_v2"], "cannot change model"),
+        (["logger.mod=offline"], r"logger\.mod: there is no such key; did you mean logger\.mode"),
+    ],
+)
+def test_overrides_of_a_resumed_run_are_of_its_config(
+    compose_config: Callable[..., Any],
+    tmp_path: Path,
+    words: list[str],
+    changes: dict[str, str] | str,
+):
+    data = ["data=custom", "data.train.images=/x"]
+    saved = compose_config("train", ["logger=wandb", "logger.project=mine", *data])
+    saved = OmegaConf.create(plain(saved))
+    OmegaConf.save(saved, tmp_path / "config.yaml")
+
+    def resume() -> Any:
+        own = check_overrides("train", [f"run_dir={tmp_path}", "resume=true", *words])
+        return lay_over(saved, compose_config("train", own), own)
+
+    if isinstance(changes, str):
+        with pytest.raises(UserError, match=changes):
+            resume()
+    else:
+        assert resume().logger == {**saved.logger, **changes}
 
 
 def test_only_what_overrides_name_is_laid_over():

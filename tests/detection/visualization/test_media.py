@@ -115,6 +115,23 @@ def test_sources_are_never_overwritten(tmp_path: Path) -> None:
         read_source(tmp_path).output_path(tmp_path / "sub", "a.png")
 
 
+def test_drawn_pictures_inside_the_source_are_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("20240105/a.png", "20240105/out/a.png"):
+        save(tmp_path / name)
+    for path, output, names, num_ignored in (
+        ("20240105", "20240105/out", ["a.png"], 1),
+        (tmp_path / "20240105", "20240105/out", ["a.png"], 1),
+        ("20240105", ".", ["a.png", "out/a.png"], 0),
+        ("20240105", "20240105", ["a.png", "out/a.png"], 0),
+    ):
+        source = read_source(path, output=output)
+        assert [frame.name for frame in source] == names
+        assert source.num_ignored == num_ignored
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 def test_pictures_are_written_with_folders(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / "new" / f"a{suffix}"
