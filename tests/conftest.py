@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -268,12 +269,12 @@ EXPORTED = {
 
 
 @pytest.fixture(scope="session")
-def export_model(
+def save_model(
     compose_config: Callable[..., Any],
     calibrate: Callable[..., Any],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[..., Path]:
-    """Exports a small model of random weights; its checkpoint lies beside it, as .pt.
+) -> Callable[[str], Path]:
+    """Gives the checkpoint of a small model of random weights.
 
     Scores are spread and features normalised, as those of trained models are. The classes are those
     of the embedded set. A file is written once.
@@ -282,44 +283,58 @@ def export_model(
     from detection.checkpoint import save_checkpoint
     from detection.cli import plain
     from detection.data.shapes import CLASSES
-    from detection.export.__main__ import export
     from detection.structures import Category
 
-    folder = tmp_path_factory.mktemp("exported")
+    # One for all processes of pytest-xdist: an export takes half a minute.
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "exported"
+    folder.mkdir(exist_ok=True)
 
     def save(name: str) -> Path:
         path = folder / f"{name}.pt"
-        if not path.exists():
-            overrides = ["model.input_size=64", *EXPORTED[name]]
-            model = plain(compose_config("train", overrides))["model"]
-            torch.manual_seed(0)
-            network = build_model(model, len(CLASSES)).network
-            for layer in network.class_layers:
-                torch.nn.init.normal_(network.get_submodule(layer).weight, std=0.12)
-            side = model["input_size"]
-            calibrate(network, torch.randn(8, 3, side, side))
-            save_checkpoint(
-                path,
-                model=network.state_dict(),
-                config={"model": model},
-                categories=[Category(i, own) for i, own in enumerate(CLASSES, start=1)],
-            )
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                overrides = ["model.input_size=64", *EXPORTED[name]]
+                model = plain(compose_config("train", overrides))["model"]
+                torch.manual_seed(0)
+                network = build_model(model, len(CLASSES)).network
+                for layer in network.class_layers:
+                    torch.nn.init.normal_(network.get_submodule(layer).weight, std=0.12)
+                side = model["input_size"]
+                calibrate(network, torch.randn(8, 3, side, side))
+                save_checkpoint(
+                    path,
+                    model=network.state_dict(),
+                    config={"model": model},
+                    categories=[Category(i, own) for i, own in enumerate(CLASSES, start=1)],
+                )
         return path
 
-    @cache
+    return save
+
+
+@pytest.fixture(scope="session")
+def export_model(
+    compose_config: Callable[..., Any], save_model: Callable[[str], Path]
+) -> Callable[..., Path]:
+    """Exports what `save_model` gives, into its folder, once."""
+    from detection.export.__main__ import export
+
     def export_model(name: str, *overrides: str) -> Path:
-        checkpoint = save(name)
-        output = folder / ".".join([name, *overrides, "onnx"])
-        return export(
-            compose_config("export", [f"checkpoint={checkpoint}", f"output='{output}'", *overrides])
-        )
+        checkpoint = save_model(name)
+        output = checkpoint.with_name(".".join([name, *overrides, "onnx"]))
+        with output.with_suffix(".lock").open("w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            words = [f"checkpoint={checkpoint}", f"output='{output}'", *overrides]
+            return output if output.exists() else export(compose_config("export", words))
 
     return export_model
 
 
 @pytest.fixture(scope="session")
 def detected_data(
-    export_model: Callable[..., Path],
+    save_model: Callable[[str], Path],
     photographs: Callable[..., list[Image.Image]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., list[str]]:
@@ -329,7 +344,7 @@ def detected_data(
     @cache
     def write(size: tuple[int, int] = (64, 64)) -> list[str]:
         folder = tmp_path_factory.mktemp("detected")
-        detector = Detector.from_checkpoint(export_model("ssd").with_suffix(".pt"))
+        detector = Detector.from_checkpoint(save_model("ssd"))
         pictures, random = photographs(8, size), np.random.default_rng(0)
         images, annotations = [], []
         for i, (picture, found) in enumerate(

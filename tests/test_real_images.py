@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from detection.engine.run_folder import RunFolder
 from train_det import train
 
 
@@ -40,8 +40,7 @@ def test_a_light_retinanet_learns_coco128(
     ]
     metrics = train(compose_config("train", overrides))
     assert len(metrics["per_class"]) == 80
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    losses = [line["loss"] for line in RunFolder(run).read_metrics() if line["kind"] == "train"]
     assert len(losses) == 50 and all(math.isfinite(loss) for loss in losses)
     # 80 classes start near the loss of their rarity, and 50 steps take them little from it.
     assert sum(losses[-10:]) < 0.92 * sum(losses[:10])

@@ -14,6 +14,20 @@ from benchmarks.bench_index import (
 )
 
 
+def test_an_index_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bench_index.write_data(tmp_path, 3, 21)
+    open_index(tmp_path)
+    (cache,) = (tmp_path / "cache").rglob("*.pt")
+    boxes = open_index(tmp_path)._content["boxes"]
+    mapped = [
+        line for line in Path("/proc/self/maps").read_text().splitlines() if str(cache) in line
+    ]
+    spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in mapped]
+    assert any(start <= boxes.data_ptr() < end for start, end in spans)
+
+
+@pytest.mark.slow
 def test_workers_share_what_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     bench_index.write_data(tmp_path, 3000, 21_000)
@@ -25,15 +39,6 @@ def test_workers_share_what_is_mapped(tmp_path: Path, monkeypatch: pytest.Monkey
     assert compare_memory({"nothing": nothing, "ours": ours}) == []
     for (_, own), (_, other), (_, bare) in zip(ours, theirs, nothing, strict=True):
         assert own - bare < 20 < other - bare
-
-    (cache,) = (tmp_path / "cache").rglob("*.pt")
-    index = open_index(tmp_path)
-    boxes = index._content["boxes"]
-    mapped = [
-        line for line in Path("/proc/self/maps").read_text().splitlines() if str(cache) in line
-    ]
-    spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in mapped]
-    assert any(start <= boxes.data_ptr() < end for start, end in spans)
 
 
 def test_targets_of_memory():

@@ -5,9 +5,32 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench_training import KEEPING, OURS, PARTS, THEIRS, describe, main
+from benchmarks.bench_training import (
+    COMMON,
+    KEEPING,
+    OURS,
+    PARTS,
+    QUICK,
+    THEIRS,
+    describe,
+    main,
+    make_ours,
+    make_theirs,
+    read_setting,
+)
 
 
+def test_a_step_of_both_sides(tiny_data: list[str]):
+    here = ("trainer.num_workers=0", "trainer.device=cpu")
+    setting = read_setting([*COMMON, *QUICK, *tiny_data, *here])
+    theirs = make_theirs(setting)
+    ours, profile = make_ours(setting)
+    assert ours() > 0 and theirs() > 0
+    found = profile(1)
+    assert tuple(found) == PARTS and min(found.values()) > 0
+
+
+@pytest.mark.slow
 def test_both_sides_train(tiny_data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "found.json"
     options = ["--quick", "--rounds", "2", "--steps", "1", "--output", str(output)]

@@ -13,22 +13,40 @@ from detection.data.dataset import Batch
 from detection.engine.state import TrainState
 from detection.engine.train import take_step
 
+QUICK = list_rows(quick=True)
 
-def test_it_runs_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+
+@pytest.mark.parametrize(
+    "rows",
+    # A compiled one takes as long as all the others.
+    [QUICK[:2], pytest.param(QUICK, marks=pytest.mark.slow)],
+    ids=["one network, eager", "all"],
+)
+def test_it_runs_without_a_gpu(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rows: list[gpu.Row],
+):
+    assert len(QUICK) == 6
+    monkeypatch.setattr(gpu, "list_rows", lambda quick: rows)
     main(["--quick", "--device", "cpu", "--output", str(tmp_path / "gpu.json")])
     printed = capsys.readouterr().out
     measured = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(measured["training"]) == len(list_rows(quick=True)) == 6
+    assert len(measured["training"]) == len(rows)
     assert all(row["images_per_second"] > 0 for row in measured["training"])
     for name in ("SSD300 static", "SSD300 CondConv"):
         assert measured["latency_ms"][name][0] > 0
-        for kind in ("eager, synthetic", "eager, cached", "compiled, synthetic"):
-            assert f"{name}, {kind}: 20.5M images at" in printed
+    for row in rows:
+        assert f"{row.name}, {row.kind}: 20.5M images at" in printed
     assert "left out" not in printed
 
 
 def test_a_row_that_fails_says_why_and_the_rest_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_data: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     """The engine's step is what is timed; the file is whole after each row."""
     output = tmp_path / "gpu.json"
@@ -40,8 +58,9 @@ def test_a_row_that_fails_says_why_and_the_rest_is_kept(
             raise RuntimeError("CUDA error: no luck\nand more")
         return take_step(state, network, batches, *rest)
 
-    rows = list_rows(quick=True)[:2]
-    monkeypatch.setattr(gpu, "list_rows", lambda quick: rows)
+    monkeypatch.setattr(gpu, "list_rows", lambda quick: 2 * QUICK[:1])
+    monkeypatch.setattr(gpu, "measure_latency", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(gpu, "draw_images", lambda *_, **__: tiny_data)
     monkeypatch.setattr(gpu, "take_step", fail)
     main(["--quick", "--device", "cpu", "--output", str(output)])
     first, second = json.loads(output.read_text())["training"]
@@ -73,7 +92,11 @@ def test_no_compilation_starts_that_may_not_end(
     assert printed.count("left out, the minutes are over: ") == 7
 
 
-def test_what_there_is_no_time_for_is_named(capsys: pytest.CaptureFixture[str]):
+def test_what_there_is_no_time_for_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(gpu, "measure_latency", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(gpu, "draw_images", lambda *_, **__: [])
     main(["--quick", "--device", "cpu", "--minutes", "0"])
     assert capsys.readouterr().out.count("left out, the minutes are over: SSD300") == 6
 

@@ -23,8 +23,7 @@ def test_the_page_has_the_scripts_table():
 def test_the_page_has_every_model():
     _, _, *rows = read_table()
     assert [row.split("`")[1] for row in rows] == list(MODELS)
-    cheap = [model for model in MODELS if "ssd" in model and "/backbone" not in model]
-    assert set(make_table(cheap).splitlines()) <= set(read_table())
+    assert set(make_table(MODELS[:2]).splitlines()) <= set(read_table())
 
 
 def test_every_shipped_model_is_shown():

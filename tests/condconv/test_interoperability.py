@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -130,8 +131,13 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("how", ["dynamic", "marked", "unbacked"])
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    ("layer", "how"),
+    [
+        *((layer, "marked") for layer in LAYERS),
+        *itertools.product(["3 x 3, same", "depthwise"], ["dynamic", "unbacked"]),
+    ],
+)
 def test_an_open_batch_compiles_once(layer: str, how: str, training: bool) -> None:
     assert_compiles_once(layer, how, training, "aot_eager")
 

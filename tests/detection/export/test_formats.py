@@ -211,7 +211,7 @@ def test_suppression_in_onnx(postprocess: Postprocess, tmp_path: Path) -> None:
         ("onnx", "static_ssd"),
         ("openvino", "static_ssd"),
         ("torch_export", "static_ssd"),
-        ("onnx", "ssd"),
+        pytest.param("onnx", "ssd", marks=pytest.mark.slow),
         pytest.param("onnx", "static_fpnlite", marks=pytest.mark.slow),
         ("onnx", "fpnlite"),
     ],
@@ -262,7 +262,7 @@ def test_one_expert_gives_a_static_graph(export_model: Export) -> None:
 
 
 def test_the_file_says_how_to_use_it(export_model: Export) -> None:
-    model = onnx.load(export_model("fpnlite"))
+    model = onnx.load(export_model("ssd"))
     (images,) = model.graph.input
     shape = images.type.tensor_type.shape.dim
     assert images.name == "images" and images.type.tensor_type.elem_type == onnx.TensorProto.UINT8
@@ -270,17 +270,22 @@ def test_the_file_says_how_to_use_it(export_model: Export) -> None:
     assert [value.name for value in model.graph.output] == ["boxes", "scores", "labels", "valid"]
     assert "NonMaxSuppression" in {node.op_type for node in model.graph.node}
     assert {node.domain for node in model.graph.node} == {""}
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    assert json.loads(metadata.pop("names"))[0] == "circle"
-    assert metadata == {
-        "input_size": "64",
-        "resize": "letterbox-centered",
-        "fill": "[128, 128, 128]",
-        "mean": "[127.5, 127.5, 127.5]",
-        "std": "[127.5, 127.5, 127.5]",
-        "images": "uint8",
-        "outputs": "detections",
-    }
+    pyramid = onnx.load(export_model("fpnlite", "outputs=raw", "images=float32"))
+    for file, images, outputs, resize in (
+        (model, "uint8", "detections", "stretch"),
+        (pyramid, "float32", "raw", "letterbox-centered"),
+    ):
+        metadata = {entry.key: entry.value for entry in file.metadata_props}
+        assert json.loads(metadata.pop("names"))[0] == "circle"
+        assert metadata == {
+            "input_size": "64",
+            "resize": resize,
+            "fill": "[128, 128, 128]",
+            "mean": "[127.5, 127.5, 127.5]",
+            "std": "[127.5, 127.5, 127.5]",
+            "images": images,
+            "outputs": outputs,
+        }
 
 
 def test_without_onnx(

@@ -68,13 +68,13 @@ def read_metadata(path: Path) -> dict[str, str]:
 def test_the_command(
     format: str,
     suffixes: list[str],
-    export_model: Export,
+    save_model: Callable[[str], Path],
     compose_config: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
     path = tmp_path / f"a{suffixes[-1]}"
     arguments = [
-        f"checkpoint={export_model('static_ssd').with_suffix('.pt')}", f"format={format}",
+        f"checkpoint={save_model('static_ssd')}", f"format={format}",
         f"output={path}", "outputs=raw", "images=float32", "license='CC BY 4.0'",
     ]  # fmt: skip
     if format == "onnx":  # as a user starts it

@@ -13,7 +13,7 @@ import torchvision
 from torch import nn
 from torchvision.models import WeightsEnum
 
-from condconv import RoutedCondConv2d, spread_over_experts
+from condconv import spread_over_experts
 from condconv.backbones import MobileNetV1
 from detection.errors import UserError
 from detection.importers.backbone import PRETRAINED, load_backbone
@@ -43,44 +43,6 @@ def test_function_is_kept(num_experts: int) -> None:
     torch.testing.assert_close(ours.deltas, expected.deltas, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours.logits, expected.logits, rtol=1e-4, atol=1e-4)
     assert (expected.deltas[0] - expected.deltas[1]).abs().max() > 1e-3, "images differ"
-
-
-def test_experts_and_routing() -> None:
-    torch.manual_seed(0)
-    static = nn.Conv2d(6, 4, 3)
-    static.weight.data[0] = 0  # a dead channel stays dead
-    layer = RoutedCondConv2d(6, 4, 3, num_experts=8)
-    layer.load_state_dict(spread_over_experts(static.state_dict(), layer, delta=0.3))
-    x = torch.randn(2, 6, 8, 8)
-    torch.testing.assert_close(layer.router(x), torch.full((2, 8), 1 / math.sqrt(8)))
-    torch.testing.assert_close(layer(x), static(x), rtol=1e-4, atol=1e-5)
-
-    base = static.weight / math.sqrt(8)
-    deltas = layer.weight.detach() - base
-    assert deltas.sum(0).abs().max() < 1e-6
-    assert not deltas[:, 0].any()
-    size = deltas[:, 1:].square().mean((0, 2, 3, 4)).sqrt()
-    torch.testing.assert_close(
-        size / base[1:].square().mean((1, 2, 3)).sqrt(), torch.full((3,), 0.3), rtol=0.1, atol=0
-    )
-    layer(x).square().sum().backward()
-    assert layer.router.linear.weight.grad.abs().max() > 0
-
-
-def test_delta_is_reproducible() -> None:
-    static, layer = nn.Conv2d(2, 2, 1), RoutedCondConv2d(2, 2, 1, num_experts=4)
-    first, second = (
-        spread_over_experts(static.state_dict(), layer, generator=torch.Generator().manual_seed(1))[
-            "weight"
-        ]
-        for _ in range(2)
-    )
-    assert first.equal(second)
-
-
-def test_static_network_takes_the_state_as_it_is() -> None:
-    state = MobileNetV1(width=0.1).state_dict()
-    assert spread_over_experts(state, MobileNetV1(width=0.1)) == state
 
 
 @pytest.mark.parametrize("num_experts", [1, 4])
