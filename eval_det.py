@@ -200,10 +200,10 @@ def _show_routing(
     detector: Detector | OnnxDetector, index: CocoIndex, num_images: int
 ) -> list[Section]:
     """Sections on the routing over as many images as the page shows; none for static networks."""
+    from detection.data.sampler import spread
     from detection.detector import Detector
     from detection.errors import UserError
     from detection.report import routing_sections
-    from detection.visualization.results import spread
     from detection.visualization.routing import collect_routing, load_batches
 
     if not isinstance(detector, Detector):

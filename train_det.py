@@ -157,8 +157,7 @@ def train(
                 backbone_weights=content["backbone_weights"],
             )
         network = prepare_network(parts.network, settings, processes)
-        # A run of before this key was there can be resumed.
-        shorter_side = find_shorter_side(content["data"].get("shrink"), parts.preprocess.input_size)
+        shorter_side = find_shorter_side(content["data"]["shrink"], parts.preprocess.input_size)
         cache = stack.enter_context(
             open_image_cache(train_index, shorter_side, settings, processes)
         )
@@ -207,8 +206,7 @@ def train(
             LOGGER.info(line)
         ground_truth = val_index.ground_truth()
         evaluator = CocoEvaluator(ground_truth, backend=fastest_backend())
-        # A run of before this key was there can be resumed.
-        backend = content["evaluation"].get("backend", "pycocotools")
+        backend = content["evaluation"]["backend"]
         final_evaluator = CocoEvaluator(ground_truth, backend=backend)
         pictures = {
             "num_pictures": content["evaluation"]["num_pictures"],

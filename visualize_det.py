@@ -156,11 +156,11 @@ def _write_detections(drawn: list[DrawnFrame], detector: Detector, path: Path) -
 def _draw_split(detector: Detector, index: CocoIndex, content: dict[str, Any]) -> list[Path]:
     from rich.progress import track
 
+    from detection.data.sampler import spread
     from detection.engine.run_folder import LOGGER
     from detection.images import UnreadableImage, load_annotated_image
     from detection.visualization.gallery import side_by_side
     from detection.visualization.media import write_picture
-    from detection.visualization.results import spread
 
     own_labels = detector.match_categories(index.categories)
     for line in index.describe():
@@ -192,8 +192,8 @@ def _draw_split(detector: Detector, index: CocoIndex, content: dict[str, Any]) -
 def _draw_routing(detector: Detector, index: CocoIndex, content: dict[str, Any]) -> list[Path]:
     from rich.progress import track
 
+    from detection.data.sampler import spread
     from detection.engine.run_folder import LOGGER
-    from detection.visualization.results import spread
     from detection.visualization.routing import (
         collect_routing,
         find_collapse,

@@ -454,7 +454,7 @@ def list_figures(detectors: Detectors, batch: int) -> Iterator[Figure]:
 
     def learn_ours() -> Tensor:
         losses = detectors.criterion(predictions, our_targets)
-        loss = losses.total / losses.num_matches
+        loss = losses.total / losses.divisor
         torch.autograd.grad(loss, [predictions.deltas, predictions.logits])
         return loss
 
@@ -482,7 +482,7 @@ def list_figures(detectors: Detectors, batch: int) -> Iterator[Figure]:
         our_optimizer.zero_grad()
         images = scene.images.contiguous(memory_format=detectors.train_layout)
         losses = detectors.criterion(our_copy(images), our_targets)
-        (losses.total / losses.num_matches).backward()
+        (losses.total / losses.divisor).backward()
         our_optimizer.step()
 
     yield figure("training step", step_theirs, step_ours)

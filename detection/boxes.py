@@ -33,7 +33,7 @@ def pairwise_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     width = torch.minimum(right_a, right_b).sub_(torch.maximum(left_a, left_b)).clamp_(min=0)
     height = torch.minimum(bottom_a, bottom_b).sub_(torch.maximum(top_a, top_b)).clamp_(min=0)
     intersection = width.mul_(height)
-    # Where there is no union there is no intersection.
+    # Without any area 0 / 0 would be NaN: a tiny one makes it 0.
     area_a = ((right_a - left_a) * (bottom_a - top_a)).clamp_(min=torch.finfo(boxes_a.dtype).tiny)
     union = (area_a + (right_b - left_b) * (bottom_b - top_b)).sub_(intersection)
     return intersection.div_(union)

@@ -19,7 +19,6 @@ from detection.preprocess import Preprocess
 MODEL_TARGETS = frozenset(
     {
         "detection.losses.FocalCriterion",
-        "detection.losses.SSDCriterion",
         "detection.models.backbones.MobileNetV1",
         "detection.models.backbones.TimmBackbone",
         "detection.models.backbones.TorchvisionResNet",

@@ -29,12 +29,12 @@ class Losses(NamedTuple):
 
     Args:
         sums: weighted sums by name; their total is what is differentiated.
-        num_matches: () float, the divisor: matched anchors of the batch; or its images, where
-            each image's share of the sums is divided by its own matches.
+        divisor: () float: matched anchors of the batch; or its images, where each image's share of
+            the sums is divided by its own matches.
     """
 
     sums: dict[str, Tensor]
-    num_matches: Tensor
+    divisor: Tensor
 
     @property
     def total(self) -> Tensor:
@@ -152,10 +152,6 @@ class FocalCriterion(nn.Module):
         return F.smooth_l1_loss(deltas, codes, beta=self.beta, reduction="none").mean(-1)
 
 
-# The name that older checkpoints know it by.
-SSDCriterion = FocalCriterion
-
-
 class _FocalSum(torch.autograd.Function):
     """Focal losses (Lin et al., 2017, equation 5) of all slots, summed with a weight an anchor.
 
@@ -177,7 +173,7 @@ class _FocalSum(torch.autograd.Function):
         """logits (B, A, S), weights (B, A) or (B, 1); images, anchors, slots (M,): where the target
         is 1.
         """
-        # Positives are taken out by a logit whose loss and derivative are 0 where the target is 0.
+        # Positives' logits become -inf: as negatives they then add neither loss nor derivative.
         derivative = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         positive = -derivative[images, anchors, slots]
         derivative[images, anchors, slots] = -torch.inf
@@ -210,7 +206,7 @@ def _focal_loss_(x: Tensor, gamma: float) -> Tensor:
     """Of logits whose target is 0, p ** gamma times the cross-entropy; x becomes its derivative."""
     p = x.sigmoid()
     power = p**gamma
-    # Softplus in half the time, but for an error of 1e-7 where it is small, as p is there.
+    # Softplus in half the time; it errs by 1e-7 only where p is small too.
     loss = torch.maximum(p, 1 - p).log_()
     torch.sub(x.clamp_(min=0), loss, out=loss).mul_(power)
     # p ** gamma * (p + gamma * (1 - p) * entropy)

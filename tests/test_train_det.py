@@ -17,7 +17,7 @@ from detection.checkpoint import load_checkpoint, save_checkpoint
 from detection.engine.processes import Processes
 from detection.engine.run_folder import RunFolder
 from detection.errors import UserError
-from detection.losses import SSDCriterion
+from detection.losses import FocalCriterion
 
 
 def read_lines(folder: Path) -> list[dict[str, Any]]:
@@ -306,7 +306,7 @@ def test_a_second_run_is_refused(
 def test_a_loss_that_is_not_finite_stops_the_run(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    forward, calls = SSDCriterion.forward, 0
+    forward, calls = FocalCriterion.forward, 0
 
     def poisoned(self: Any, predictions: Any, targets: Any) -> Any:
         nonlocal calls
@@ -316,7 +316,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
             losses.sums["localization"] *= float("nan")
         return losses
 
-    monkeypatch.setattr(SSDCriterion, "forward", poisoned)
+    monkeypatch.setattr(FocalCriterion, "forward", poisoned)
     with pytest.raises(UserError, match=r"step 3: .*localization nan.* on the images \[\d") as info:
         run("trainer.steps=5", "trainer.checkpoint_every=1")
     assert "\n" not in str(info.value)
@@ -330,7 +330,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, precision: str
 ):
     """At a finite loss; in fp16 it is an overflow, and the step is left out."""
-    forward, calls = SSDCriterion.forward, 0
+    forward, calls = FocalCriterion.forward, 0
 
     def poisoned(self: Any, predictions: Any, targets: Any) -> Any:
         nonlocal calls
@@ -339,7 +339,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
             predictions.deltas.register_hook(lambda gradient: gradient * float("inf"))
         return forward(self, predictions, targets)
 
-    monkeypatch.setattr(SSDCriterion, "forward", poisoned)
+    monkeypatch.setattr(FocalCriterion, "forward", poisoned)
     options = ["trainer.steps=3", "trainer.checkpoint_every=1", f"trainer.precision={precision}"]
     if precision == "fp16":
         run(*options)

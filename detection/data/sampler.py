@@ -18,6 +18,12 @@ def derive_seed(*parts: int) -> int:
     return int.from_bytes(digest, "big")
 
 
+def spread(num_images: int, count: int) -> list[int]:
+    """Indices of `count` images, spread evenly over all; of all where there are fewer."""
+    count = min(count, num_images)
+    return [i * num_images // count for i in range(count)]
+
+
 @lru_cache(maxsize=2)
 def _shuffle(num_images: int, seed: int, epoch: int) -> list[int]:
     generator = torch.Generator().manual_seed(derive_seed(seed, epoch))

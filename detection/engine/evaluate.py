@@ -99,7 +99,7 @@ def evaluate(
             if criterion is not None:
                 targets = batch.targets._replace(labels=own_labels[batch.targets.labels])
                 losses = criterion(predictions, targets.to(processes.device))
-                for name, value in {**losses.sums, "num_matches": losses.num_matches}.items():
+                for name, value in {**losses.sums, "divisor": losses.divisor}.items():
                     sums[name] = sums.get(name, 0.0) + value.item()
             detections = unbatch(detector.decode(predictions, batch.sizes))
             for image_id, found in zip(batch.image_ids.tolist(), detections, strict=True):
@@ -176,9 +176,9 @@ def _warn_of_unreadable(names: list[str]) -> None:
 
 
 def _mean_losses(shares: list[dict[str, float]]) -> dict[str, float]:
-    names = [name for name in max(shares, key=len) if name != "num_matches"]
+    names = [name for name in max(shares, key=len) if name != "divisor"]
     if not names:
         return {}
-    num_matches = max(sum(share.get("num_matches", 0.0) for share in shares), 1.0)
-    parts = {name: sum(s.get(name, 0.0) for s in shares) / num_matches for name in names}
+    divisor = max(sum(share.get("divisor", 0.0) for share in shares), 1.0)
+    parts = {name: sum(s.get(name, 0.0) for s in shares) / divisor for name in names}
     return {"loss": sum(parts.values()), **{f"loss_{name}": part for name, part in parts.items()}}

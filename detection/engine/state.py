@@ -92,7 +92,7 @@ class TrainState:
         self.step = state["step"]
         self.best_metric = state["best_metric"]
         self.stale_evaluations = state["stale_evaluations"]
-        self.owes_evaluation = state.get("owes_evaluation", False)
+        self.owes_evaluation = state["owes_evaluation"]
         if processes.rank < len(state["random_states"]):
             cpu, cuda = state["random_states"][processes.rank]
             torch.set_rng_state(cpu)

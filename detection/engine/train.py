@@ -192,7 +192,7 @@ def take_step(
             losses = criterion(predictions, targets)
             state.scaler.scale(losses.total).backward()
         names = list(losses.sums)
-        totals = totals + torch.stack([*losses.sums.values(), losses.num_matches]).detach()
+        totals = totals + torch.stack([*losses.sums.values(), losses.divisor]).detach()
 
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for p in state.network.parameters() if p.grad is not None]
@@ -200,9 +200,9 @@ def take_step(
     asked = torch.tensor(float(request.received), device=device)
     # All that the host needs to know of a step, asked for at once.
     found = torch.cat([torch.stack([norm, asked]), totals])  # pyright: ignore
-    sum_norm, num_asked, *sums, num_matches = processes.sum(found).tolist()
-    num_matches = max(num_matches, 1.0)
-    values = {name: value / num_matches for name, value in zip(names, sums, strict=True)}
+    sum_norm, num_asked, *sums, divisor = processes.sum(found).tolist()
+    divisor = max(divisor, 1.0)
+    values = {name: value / divisor for name, value in zip(names, sums, strict=True)}
     values = {"loss": sum(values.values()), **values}
     # In fp16 gradients may overflow: the scaler leaves such a step out.
     checked = values if state.scaler.is_enabled() else {**values, "gradient norm": sum_norm}
@@ -210,7 +210,7 @@ def take_step(
         _refuse_step(state.step + 1, checked, batches, processes)
 
     # DistributedDataParallel gave the mean over the processes.
-    factor = processes.world_size / num_matches
+    factor = processes.world_size / divisor
     for gradient in gradients:
         gradient.mul_(factor)
     if settings.gradient_clip_norm is not None:

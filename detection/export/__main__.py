@@ -180,13 +180,14 @@ def _read_samples(index: CocoIndex, preprocess: Any, number: int) -> torch.Tenso
     import torch
 
     from detection.data.dataset import DetectionDataset
+    from detection.data.sampler import spread
     from detection.data.transforms import EvalTransform
     from detection.errors import UserError
 
     transform = EvalTransform(resize=preprocess.resize)
     dataset = DetectionDataset(index, transform, seed=0, training=False)
-    step, images = max(len(index) // number, 1), []
-    for i in range(0, len(index), step)[:number]:
+    images = []
+    for i in spread(len(index), number):
         sample = dataset[i]
         if sample.unreadable:
             print(f"cannot read {sample.unreadable[0]}: left out")

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from detection.data.coco import CocoIndex
+from detection.data.sampler import spread
 from detection.evaluation.analysis import Analysis
 from detection.evaluation.coco import METRIC_NAMES
 from detection.evaluation.comparison import compare
@@ -136,8 +137,7 @@ def choose_images(analysis: Analysis, other: Analysis | None, num_images: int) -
         return worst
     num_worst = (num_images + 1) // 2
     rest = sorted(worst[num_worst:])
-    count = num_images - num_worst
-    return worst[:num_worst] + [rest[i * len(rest) // count] for i in range(count)]
+    return worst[:num_worst] + [rest[i] for i in spread(len(rest), num_images - num_worst)]
 
 
 def _fill_template(content: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from detection.data.coco import CocoIndex
+from detection.data.sampler import spread
 from detection.images import UnreadableImage, load_annotated_image
 from detection.structures import ImageDetections
 from detection.visualization.gallery import contact_sheet, side_by_side
@@ -86,12 +87,6 @@ def draw_results(
     for path, picture in zip(paths, pictures.values(), strict=True):
         write_picture(picture, path)
     return paths
-
-
-def spread(num_images: int, num_pictures: int) -> list[int]:
-    """`num_pictures` places spread evenly over the images of a split, or all of them."""
-    count = min(num_pictures, num_images)
-    return [place * num_images // count for place in range(count)]
 
 
 def _to_detections(

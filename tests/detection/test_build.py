@@ -58,7 +58,7 @@ def test_configs_of_older_checkpoints(make_config: Callable[..., Config]) -> Non
         "reduce_boxes_in_lowest_layer": True,
         "norm_momentum": 0.03,
         "preprocess": {"_target_": "detection.preprocess.Preprocess", "mean": 127.5, "std": 127.5},
-        "criterion": {"_target_": "detection.losses.SSDCriterion", "alpha": 0.75},
+        "criterion": {"_target_": "detection.losses.FocalCriterion", "alpha": 0.75},
         "postprocess": {"_target_": "detection.postprocess.Postprocess"},
     }
     parts, today = build_model(old, 3), build_model(make_config(), 3)

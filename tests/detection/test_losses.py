@@ -104,7 +104,7 @@ def test_criterion_equals_plain_loops() -> None:
                     localization += (error**2 / 2 if error < 1 else error - 0.5) / 4
     num_matches = sum(truth >= 0 for row in match.tolist() for truth in row)
     assert num_matches > 5
-    assert losses.num_matches.item() == num_matches
+    assert losses.divisor.item() == num_matches
     assert losses.sums["classification"].item() == pytest.approx(classification, rel=1e-5)
     assert losses.sums["localization"].item() == pytest.approx(localization, rel=1e-5)
     assert losses.total.item() == pytest.approx(classification + localization, rel=1e-5)
@@ -119,7 +119,7 @@ def test_sums_of_parts_add_up() -> None:
         for start in range(4)
     ]
     torch.testing.assert_close(sum(part.total for part in parts), whole.total)
-    assert sum(part.num_matches for part in parts) == whole.num_matches
+    assert sum(part.divisor for part in parts) == whole.divisor
 
 
 def test_weights() -> None:
@@ -135,7 +135,7 @@ def test_weights() -> None:
 def test_options_reach_the_losses() -> None:
     predictions, targets = make_batch()
     plain = FocalCriterion()(predictions, targets)
-    assert FocalCriterion(match_threshold=0.2)(predictions, targets).num_matches > plain.num_matches
+    assert FocalCriterion(match_threshold=0.2)(predictions, targets).divisor > plain.divisor
     for option in ({"alpha": 0.5}, {"gamma": 1.0}):
         changed = FocalCriterion(**option)(predictions, targets)
         assert changed.sums["classification"] != plain.sums["classification"]
@@ -158,7 +158,7 @@ def test_no_ground_truth(num_boxes: int) -> None:
     )
     losses = FocalCriterion()(predictions, targets)
     losses.total.backward()
-    assert losses.num_matches == 0
+    assert losses.divisor == 0
     assert losses.sums["localization"] == 0
     background = torch.zeros_like(predictions.logits)
     expected = torchvision_focal_loss(predictions.logits, background, 0.75, 2, reduction="sum")
@@ -269,12 +269,12 @@ def test_division_by_the_matches_of_each_image() -> None:
     predictions, targets = make_batch()
     leaves = [predictions.logits.requires_grad_(), predictions.deltas.requires_grad_()]
     whole = FocalCriterion(per_image=True)(predictions, targets)
-    assert whole.num_matches == 3
+    assert whole.divisor == 3
     sums = dict.fromkeys(whole.sums, torch.zeros(()))
     for image in range(3):
         losses = FocalCriterion()(*select(predictions, targets, slice(image, image + 1)))
         for name, value in losses.sums.items():
-            sums[name] = sums[name] + value / losses.num_matches.clamp(min=1)
+            sums[name] = sums[name] + value / losses.divisor.clamp(min=1)
     torch.testing.assert_close(whole.sums, sums)
     gradients = (torch.autograd.grad(sum(losses.values()), leaves) for losses in (whole.sums, sums))
     torch.testing.assert_close(*gradients)

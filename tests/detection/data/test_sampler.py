@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from detection.data.sampler import StepSampler, derive_seed, split_evaluation
+from detection.data.sampler import StepSampler, derive_seed, split_evaluation, spread
 from detection.errors import UserError
 
 
@@ -101,3 +101,11 @@ def test_split_evaluation(num_images: int, world_size: int):
     everything = [i for share in shares for batch in share for i in batch]
     assert sorted(everything) == list(range(num_images))
     assert all(1 <= len(batch) <= 2 for share in shares for batch in share)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "count", "expected"),
+    [(96, 4, [0, 24, 48, 72]), (5, 3, [0, 1, 3]), (2, 9, [0, 1]), (0, 3, []), (4, 0, [])],
+)
+def test_a_few_are_spread_over_all(num_images: int, count: int, expected: list[int]):
+    assert spread(num_images, count) == expected
