@@ -11,7 +11,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import nn
 
-from detection.errors import UserError
+from detection.errors import UserError, first_line
 from detection.postprocess import Postprocess
 from detection.preprocess import Preprocess
 
@@ -58,7 +58,7 @@ def build_partial(config: Mapping[str, Any]) -> Callable[..., Any]:
     try:
         return instantiate(config, _partial_=True, _convert_="all")
     except InstantiationException as error:
-        raise UserError(f"{config.get('_target_')}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{config.get('_target_')}: {first_line(error)}") from error
 
 
 def build(config: Mapping[str, Any], /, **arguments: Any) -> Any:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from detection.build import ModelParts, build_model
-from detection.errors import UserError
+from detection.errors import UserError, first_line
 from detection.structures import Category
 
 VERSION = 1
@@ -77,7 +77,7 @@ def save_checkpoint(
             if str(cause).startswith("DataLoader worker"):
                 raise cause from None
             cause = cause.__context__
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
             f"cannot write {path}: {reason}; the file that was there is untouched: "
             "make room, then go on"
@@ -103,7 +103,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot read {path}: {first_line(error)}") from error
     needed = {"version", "model", "config", "categories"}
     if not isinstance(content, dict) or not needed <= content.keys():
         raise UserError(f"{path} is no checkpoint of this project: train_det.py writes them")

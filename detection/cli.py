@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from detection.errors import UserError
+from detection.errors import UserError, first_line
 
 # Keys that are null by default and take a text, by their last part; others take numbers.
 TEXTS = re.compile(
@@ -337,7 +337,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
     try:
         content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{error.full_key}: {first_line(error)}") from error
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
 

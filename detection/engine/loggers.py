@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from detection.engine.run_folder import LOGGER
-from detection.errors import UserError
+from detection.errors import UserError, first_line
 
 
 class Logger(Protocol):
@@ -64,10 +64,10 @@ class PatientLogger:
             call()
         except Exception as error:  # each logger's library has its own
             if not self._warned:
-                reason = (str(error).splitlines() or [""])[0]
                 LOGGER.warning(
                     "the logger failed, and the run goes on; metrics.jsonl has all (%s: %s)",
-                    *(type(error).__name__, reason),
+                    type(error).__name__,
+                    first_line(error),
                 )
             self._warned = True
 
@@ -128,7 +128,7 @@ class WandbLogger:
                 resume="allow",
             )
         except self._wandb.Error as error:
-            raise UserError(f"logger=wandb: {str(error).splitlines()[0]}") from error
+            raise UserError(f"logger=wandb: {first_line(error)}") from error
         id_file.write_text(self._run.id)
         # Its own step may not go back, as that of a resumed run does.
         self._run.define_metric("*", step_metric="step")
@@ -179,7 +179,7 @@ class MLflowLogger:
                 id_file.write_text(self._id)
                 self._client.log_dict(self._id, dict(config), "config.yaml")
         except mlflow.MlflowException as error:
-            raise UserError(f"logger=mlflow: {str(error).splitlines()[0]}") from error
+            raise UserError(f"logger=mlflow: {first_line(error)}") from error
 
     def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
         now = round(1000 * time.time())

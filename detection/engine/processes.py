@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from detection.errors import UserError
+from detection.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -134,7 +134,7 @@ def join_processes(device: str = "auto") -> Iterator[Processes]:
 
 def _name_dead(error: RuntimeError) -> str | None:
     """Which process has died, where that is what an error of torch means."""
-    line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    line = first_line(error)
     if line.startswith("DataLoader worker"):
         return (
             f"{line.removesuffix('.').strip()}; often memory was short: lower num_workers or "

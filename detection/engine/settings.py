@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from detection.errors import UserError
+from detection.errors import UserError, first_line
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -89,7 +89,7 @@ class TrainerSettings:
         try:
             settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), config))
         except OmegaConfBaseException as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"trainer.{error.full_key}: {reason}") from error
         assert isinstance(settings, cls)
         settings._check()

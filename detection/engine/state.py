@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from detection.engine.processes import Processes
-from detection.errors import UserError
+from detection.errors import UserError, first_line
 
 
 @dataclass
@@ -87,7 +87,7 @@ class TrainState:
             self.schedule.load_state_dict(state["schedule"])
             self.scaler.load_state_dict(state["scaler"])
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"the checkpoint is of a run with other settings: {reason}") from error
         self.step = state["step"]
         self.best_metric = state["best_metric"]

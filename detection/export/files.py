@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from detection.errors import UserError
+from detection.errors import UserError, first_line
 from detection.files import whole_file
 
 
@@ -21,5 +21,5 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         with whole_file(Path(path)) as partial:
             yield partial
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"cannot write {path}: {reason}") from error

@@ -13,7 +13,7 @@ from torchvision.models import get_model_weights
 
 from condconv import spread_over_experts
 from detection.checkpoint import load_weights
-from detection.errors import UserError
+from detection.errors import UserError, first_line
 from detection.importers.tensorflow import load_slim_mobilenet_v1, read_variables
 from detection.importers.timm import load_timm_mobilenet_v1
 from detection.importers.torchvision import fetch_state
@@ -94,7 +94,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"cannot read {path}, it is damaged or holds no weights: {reason}"
         ) from error

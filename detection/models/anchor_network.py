@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from detection.errors import first_line
+
 
 class AnchorLayout(NamedTuple):
     """The anchors of an input size.
@@ -63,7 +65,7 @@ class AnchorNetwork(nn.Module):
                 levels = self.eval().extract_levels(image)
         # The layers of any backbone, which answer a size they cannot take in their own way.
         except Exception as error:
-            reason = (str(error) or repr(error)).strip().splitlines()[0]
+            reason = first_line(error)
             raise ValueError(
                 f"the backbone cannot take images of {input_size} x {input_size}: {reason}"
             ) from error

@@ -14,6 +14,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 import condconv.backbones
 from condconv import accelerate_timm, convert_to_condconv
 from condconv.backbones.mobilenet_v1 import BLOCKS, scale_channels
+from detection.errors import first_line
 
 # ImageNet's, on the scale 0 to 255.
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -252,7 +253,7 @@ def create_timm(name: str, **options: Any) -> Any:
     try:
         return timm.create_model(name, **options)
     except Exception as error:
-        reason = (str(error) or repr(error)).strip().splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"timm cannot make {name}: {reason}") from error
 
 
