@@ -1,13 +1,14 @@
 """Time and memory of CondConv2d beside timm's CondConv2d and the static convolution.
 
     python benchmarks/bench_condconv.py [--quick] [--threads 2] [--channels-last] [--strategies] \\
-        [--keep-memory] [--output FILE]
+        [--others] [--keep-memory] [--output FILE]
 
 All sides of a row run in each round, so that a busy moment hits them alike, in a new order each
 time, as a side pays for what the one before it did to the caches and to freed memory; times are
 medians over the rounds. A ratio above 1 means that CondConv2d is faster. The memory of a row
 is what a forward and backward pass adds at its peak. `--strategies` also times every execution
-strategy: the table that `condconv.strategies.choose_strategy` rests on. `--keep-memory` has freed
+strategy: the table that `condconv.strategies.choose_strategy` rests on. `--others` has rows of its
+own: maps of one position, as in squeeze-and-excitation, and pointwise layers of groups. `--keep-memory` has freed
 memory kept for both sides, as train_det.py does; else the C library decides.
 """
 
@@ -67,6 +68,13 @@ ROWS = (
     Row("3x3", 256, 256, 3, 1, 38),
     Row("3x3", 256, 256, 3, 1, 19),
     Row("3x3", 256, 256, 3, 1, 10),
+)
+OTHER_ROWS = (
+    Row("one position", 960, 240, 1, 1, 1),
+    Row("one position", 64, 128, 3, 2, 2),
+    Row("one position", 256, 512, 3, 2, 2),
+    Row("pointwise groups", 240, 240, 1, 1, 28, 3),
+    Row("pointwise groups", 512, 512, 1, 1, 14, 32),
 )
 QUICK_ROWS = (ROWS[1], ROWS[2], ROWS[5], ROWS[8], ROWS[9])
 
@@ -278,6 +286,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="for each row and pass (2, quick 0.5)")
     parser.add_argument("--batches", type=int, nargs="+", help="(1 2 8 32, quick 1 8)")
     parser.add_argument("--family", help="only the rows of this family")
+    parser.add_argument("--others", action="store_true", help="other rows in their place")
     parser.add_argument("--channels-last", action="store_true", help="inputs in that format")
     parser.add_argument("--strategies", action="store_true", help="time every strategy too")
     parser.add_argument("--keep-memory", action="store_true", help="keep freed memory (glibc)")
@@ -296,7 +305,8 @@ def main() -> None:
         f"{'+ backward':>11} {'timm':>5} {'stat.':>5} {'memory':>7}"
     )
     results = []
-    for row in QUICK_ROWS if args.quick else ROWS:
+    rows = OTHER_ROWS if args.others else QUICK_ROWS if args.quick else ROWS
+    for row in rows:
         if args.family in (None, row.family):
             for batch in args.batches or ((1, 8) if args.quick else (1, 2, 8, 32)):
                 results.append(bench_row(row, batch, args))

@@ -75,23 +75,25 @@ class _Writer:
         # A bias has codes of 32 bits, in the unit of the products. Where it would need more, the
         # unit is raised: products are nothing beside such a bias, and a hundred of the largest stay
         # below 0.4 % of it.
-        kernels = self.mix(tape, layer, routing_weights, np.abs(shift) / of_x / 2**30)
+        kernels = self.mix_kernels(tape, layer, routing_weights, np.abs(shift) / of_x / 2**30)
         unit = of_x * kernels.scale.const_value.numpy()
         bias = Codes(
             self.constant(f"{layer.name}_bias", np.rint(shift / unit).astype(np.int32)),
             self.constant(f"{layer.name}_bias_scale", unit),
             None,
         )
-        y = self.codes(layer.y, ranges.y)
+        y = self.quantization_of(layer.y, ranges.y)
         write_body = multiply if layer.groups == 1 else convolve
         body = write_body(self.constant, layer, x, kernels, bias, y)
         rows = tape.op("Scan", [x.value, kernels.value], {"body": body, "num_scan_inputs": 2})
         _, size = find_positions(layer)
-        y = self.serve(tape, layer.y, y._replace(value=rows), size, layer.kernel_shape[0])
+        y = self.replace_by_codes(
+            tape, layer.y, y._replace(value=rows), size, layer.kernel_shape[0]
+        )
         self.graph.insert_before(layer.scan, tape.nodes)
         self.maps[layer.y] = y
 
-    def codes(self, value: Any, ends: tuple[float, float]) -> Codes:
+    def quantization_of(self, value: Any, ends: tuple[float, float]) -> Codes:
         """Scale and zero of a float map's codes: the static quantiser's, or 7 bits."""
         if value not in self.narrow:
             for node, _ in value.uses():
@@ -110,27 +112,30 @@ class _Writer:
         tape = self.new_tape()
         value, (height, width) = layer.x, layer.size
         channels = layer.kernel_shape[1] * layer.groups
-        x = self.codes(value, ends)
+        x = self.quantization_of(value, ends)
         codes = tape.op("QuantizeLinear", [value, x.scale, x.zero])
         codes = tape.op("Transpose", [codes], {"perm": [0, 2, 3, 1]})
         rows = tape.op("Reshape", [codes, self.constant.shape(-1, height * width, channels)])
-        self.maps[value] = x = x._replace(value=self.limit(tape, value, rows))
-        self.pool(tape, value, x, height * width)
+        self.maps[value] = x = x._replace(value=self.clip_to_7_bits(tape, value, rows))
+        self.replace_means(tape, value, x, height * width)
         if producer := value.producer():
             self.graph.insert_after(producer, tape.nodes)
         else:
             self.graph.insert_before(self.graph[0], tape.nodes)
         return x
 
-    def limit(self, tape: Any, value: Any, codes: Any) -> Any:
+    def clip_to_7_bits(self, tape: Any, value: Any, codes: Any) -> Any:
         if value not in self.narrow:
             return codes
         return tape.op("Clip", [codes, None, self.constant("max_code", np.uint8(127))])
 
-    def serve(self, tape: Any, value: Any, y: Codes, size: tuple[int, int], channels: int) -> Codes:
-        """Put codes in a float map's place; what stays in float gets them back as numbers."""
-        y = y._replace(value=self.limit(tape, value, y.value))
-        self.pool(tape, value, y, size[0] * size[1])
+    def replace_by_codes(
+        self, tape: Any, value: Any, y: Codes, size: tuple[int, int], channels: int
+    ) -> Codes:
+        """Replace a float map by its codes; what stays in float reads them through a
+        DequantizeLinear."""
+        y = y._replace(value=self.clip_to_7_bits(tape, value, y.value))
+        self.replace_means(tape, value, y, size[0] * size[1])
         maps = tape.op("Reshape", [y.value, self.constant.shape(-1, *size, channels)])
         maps = tape.op("Transpose", [maps], {"perm": [0, 3, 1, 2]})
         for node, _ in list(value.uses()):
@@ -141,7 +146,7 @@ class _Writer:
         value.replace_all_uses_with(floats, replace_graph_outputs=True)
         return y
 
-    def pool(self, tape: Any, value: Any, codes: Codes, number: int) -> None:
+    def replace_means(self, tape: Any, value: Any, codes: Codes, number: int) -> None:
         """Routers' means of a float map over its positions: products of codes with ones."""
         users = [node for node, _ in value.uses()]
         for node in [node for node in users if node.op_type == "QuantizeLinear"]:
@@ -161,7 +166,9 @@ class _Writer:
             mean = tape.op("Mul", [tape.op("Cast", [sums], {"to": FLOAT}), scale])
             node.outputs[0].replace_all_uses_with(mean)
 
-    def mix(self, tape: Any, layer: Layer, routing_weights: np.ndarray, least: np.ndarray) -> Codes:
+    def mix_kernels(
+        self, tape: Any, layer: Layer, routing_weights: np.ndarray, least: np.ndarray
+    ) -> Codes:
         """Kernels of all images as uint8, scaled as batch norm wants, by `least` (O,) or more."""
         name, product = layer.experts.name, layer.groups == 1
         weight = layer.experts.const_value.numpy().reshape(-1, *layer.kernel_shape)
@@ -174,7 +181,7 @@ class _Writer:
         one, none = self.constant("one", np.float32(1)), self.constant("zero", np.uint8(0))
         routing_step = self.constant("routing_step", np.float32(1 / 127))
         blocks = stack_blocks(codes.reshape(len(codes), -1))
-        rows = self.spread(tape, layer.routing_weights, len(blocks) // len(codes))
+        rows = self.spread_diagonally(tape, layer.routing_weights, len(blocks) // len(codes))
         kernels = tape.op(
             "QLinearMatMul",
             [
@@ -195,7 +202,7 @@ class _Writer:
             self.constant(f"offsets_{zero}_{len(scale)}", zeros),
         )
 
-    def spread(self, tape: Any, routing_weights: Any, num_blocks: int) -> Any:
+    def spread_diagonally(self, tape: Any, routing_weights: Any, num_blocks: int) -> Any:
         """Weights (B, E) -> (B n, n E), those of an image n times along a diagonal."""
         diagonal = self.constant(
             f"diagonal_{num_blocks}", np.eye(num_blocks, dtype=np.float32)[..., None]

@@ -51,7 +51,7 @@ class Routing(NamedTuple):
     names: tuple[str, ...]
 
 
-class Section(NamedTuple):
+class RoutingPlots(NamedTuple):
     """A part of a report.
 
     Args:
@@ -181,7 +181,7 @@ def class_similarity(routing: Routing) -> Tensor:
     return _cosine(_departures(routing))
 
 
-def draw_routing(routing: Routing) -> list[Section]:
+def draw_routing(routing: Routing) -> list[RoutingPlots]:
     """Plots and a table of the routing weights, as parts of a report."""
     seen = _order(routing)
     num_images = len(routing.presence)
@@ -199,7 +199,7 @@ def draw_routing(routing: Routing) -> list[Section]:
         for name, s in summaries.items()
     )
     sections = [
-        Section(
+        RoutingPlots(
             "Experts by layer",
             f"Routing weights of {num_images} images. Experts in use is the exponential of the"
             " entropy of the weights of an image: all of them where all weigh the same, 1 where one"
@@ -214,7 +214,7 @@ def draw_routing(routing: Routing) -> list[Section]:
         return sections
     return [
         *sections,
-        Section(
+        RoutingPlots(
             "Routing by class",
             "An image counts once for each class that is in it. Points are means and bars standard"
             f" deviations over the images, of the {MAX_COLORED} classes in the most images; below,"
@@ -224,7 +224,7 @@ def draw_routing(routing: Routing) -> list[Section]:
                 "differences": _plot_differences(routing, seen),
             },
         ),
-        Section(
+        RoutingPlots(
             "Classes routed alike",
             "Cosine between the rows above: 1 for classes that use the experts in the same way, -1"
             " for opposites. Classes that share their images are alike for that reason alone.",
