@@ -8,8 +8,9 @@ time, as a side pays for what the one before it did to the caches and to freed m
 medians over the rounds. A ratio above 1 means that CondConv2d is faster. The memory of a row
 is what a forward and backward pass adds at its peak. `--strategies` also times every execution
 strategy: the table that `condconv.strategies.choose_strategy` rests on. `--others` has rows of its
-own: maps of one position, as in squeeze-and-excitation, and pointwise layers of groups. `--keep-memory` has freed
-memory kept for both sides, as train_det.py does; else the C library decides.
+own: maps of one position, as in squeeze-and-excitation, and pointwise layers of groups.
+`--keep-memory` has freed memory kept for both sides, as train_det.py does; else the C library
+decides.
 """
 
 from __future__ import annotations
