@@ -43,7 +43,8 @@ def test_elementwise_operations_are_the_difference(row: PaperRow) -> None:
 
 
 def test_resnet_costs_its_mixing_and_routing_more() -> None:
-    costs = {row.name: total(measure(row)) for row in PAPER}
+    rows = [row for row in PAPER if row.name in ("resnet50", "resnet50_8e")]
+    costs = {row.name: total(measure(row)) for row in rows}
     with torch.device("meta"):
         network = resnet50()
     mixed = [network.fc.weight, network.fc.bias]

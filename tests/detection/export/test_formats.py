@@ -208,7 +208,7 @@ def test_suppression_in_onnx(postprocess: Postprocess, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("format", "model"),
     [
-        ("onnx", "static_ssd"),
+        pytest.param("onnx", "static_ssd", marks=pytest.mark.slow),
         ("openvino", "static_ssd"),
         ("torch_export", "static_ssd"),
         pytest.param("onnx", "ssd", marks=pytest.mark.slow),

@@ -61,7 +61,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     ("format", "suffixes"),
     [
         ("onnx", [".onnx"]),
-        ("openvino", [".bin", ".xml"]),
+        pytest.param("openvino", [".bin", ".xml"], marks=pytest.mark.slow),
         pytest.param("torch_export", [".pt2"], marks=pytest.mark.slow),
     ],
 )

@@ -164,8 +164,7 @@ def coco_retinanet() -> Any:
     return network.eval()
 
 
-@pytest.mark.parametrize("num_experts", [1, 8])
-@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize(("local", "num_experts"), [(False, 1), (True, 8)])
 @torch.no_grad()
 def test_torchvisions_coco_weights(
     monkeypatch: pytest.MonkeyPatch,
