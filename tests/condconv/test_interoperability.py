@@ -270,9 +270,11 @@ def test_channels_last_stays_all_the_way() -> None:
 
 
 WORKER = """
+import copy
 import sys
 import torch
 from torch.distributed import init_process_group
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 torch.set_num_threads(1)
@@ -280,10 +282,13 @@ rank, folder = int(sys.argv[1]), sys.argv[2]
 init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 network = torch.load(f"{folder}/network.pt", weights_only=False)
 images = torch.load(f"{folder}/images.pt").chunk(2)[rank]
+sharded = fully_shard(copy.deepcopy(network)).double()  # three experts for two processes
+sharded(images.double()).square().mean().backward()
 parallel = DistributedDataParallel(network)
 parallel(images).square().mean().backward()
 gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
-torch.save(gradients, f"{folder}/gradients{rank}.pt")
+gathered = {name: parameter.grad.full_tensor() for name, parameter in sharded.named_parameters()}
+torch.save([gradients, gathered], f"{folder}/gradients{rank}.pt")
 """
 
 
@@ -298,8 +303,9 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     found = [torch.load(tmp_path / f"gradients{rank}.pt") for rank in range(2)]
     for name, expected in gradients(network, lambda: network(images)).items():
-        assert torch.equal(found[0][name], found[1][name]), name
-        assert_near(found[0][name], expected, 1e-5)
+        for first, second in zip(*found, strict=True):  # replicated, sharded
+            assert torch.equal(first[name], second[name]), name
+            assert_near(first[name].float(), expected, 1e-5)
 
 
 def test_no_way_of_running_changes_the_state() -> None:
