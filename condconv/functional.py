@@ -65,7 +65,8 @@ def condconv2d(
     stride, dilation = pair(stride), pair(dilation)
     channels_last = is_channels_last(x)
     # What `torch.jit.trace` records has to hold for other batches, as an exported graph.
-    exports = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    is_traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    exports = is_traced or torch.compiler.is_exporting()
     with disable_autocast(x):
         if weight.shape[0] == 1 and strategy is None:
             # One expert: scaling the output is scaling the kernel.
@@ -78,7 +79,7 @@ def condconv2d(
             y = execute(x, weight, routing_weights, geometry, strategy)
         elif exports:
             x, geometry = place(x, weight, stride, padding, dilation, groups)
-            if torch.jit.is_tracing():  # numbers that depend on the size of x are tensors there
+            if is_traced:  # numbers that depend on the size of x are tensors there
                 geometry = geometry._replace(padding=pair([int(size) for size in geometry.padding]))
             y = torch.ops.condconv.exported(x, weight, routing_weights, None, *geometry)
         else:
