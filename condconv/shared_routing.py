@@ -15,12 +15,15 @@ from torch import Tensor, fx, nn
 
 from condconv.layers import CondConv2d, RoutedCondConv2d, Router
 
-# Where modules are from that tell no number of channels and give as many as they take.
-KEEP_CHANNELS = (
-    *(f"torch.nn.modules.{kind}" for kind in ("activation", "container", "dropout", "pooling")),
-    "torch.nn.modules.linear",  # Identity: the others are matrix products of vectors
-    "torch.nn.modules.padding",
-    "timm.layers.activations",
+# Those that tell no number of channels, and give another one than they take.
+CHANGES_CHANNELS = (
+    nn.Flatten,
+    nn.Fold,
+    nn.GLU,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.Unflatten,
+    nn.Unfold,
 )
 
 
@@ -250,7 +253,7 @@ def _input_channels(block: nn.Module, convolutions: Set[nn.Module]) -> int:
                 )
                 if channels:
                     return channels
-            if all(type(child).__module__.startswith(KEEP_CHANNELS) for child in children):
+            if not any(isinstance(child, CHANGES_CHANNELS) for child in children):
                 unchanged.add(node)
     raise ValueError("no convolution takes its whole input, which has to tell its channels")
 

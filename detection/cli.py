@@ -78,10 +78,13 @@ def run_script(
         try:
             known = get_args_parser().parse_intermixed_args(arguments)
             words = known.overrides
-            sweeps = known.multirun or "hydra.mode=MULTIRUN" in words
             flags = [word for word in arguments if word not in words]
+            if known.multirun and (known.cfg or known.info):
+                raise UserError("--multirun runs jobs, --cfg and --info run none: give one of them")
+            if not (known.config_dir or known.config_path or known.config_name):  # else not ours
+                sweeps = known.multirun or "hydra.mode=MULTIRUN" in words
+                words = check_overrides(config_name, words, sweeps=sweeps, folder=folder)
             # What Hydra reads: its own parser takes no flags between overrides.
-            words = check_overrides(config_name, words, sweeps=sweeps, folder=folder)
             sys.argv[1:] = [*words, *flags]
         except UserError as error:
             fail(error)

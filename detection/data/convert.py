@@ -262,7 +262,10 @@ def _read_size(picture: Path, problems: Problems) -> tuple[tuple[int, int], int 
     """(width, height) as stored, and the EXIF orientation."""
     try:
         with Image.open(picture) as image:
-            return image.size, image.getexif().get(ExifTags.Base.Orientation)
+            # Pillow decodes a PNG to see whether its EXIF follows the pixels, where it seldom is.
+            has_exif = image.format != "PNG" or "exif" in image.info
+            exif = image.getexif() if has_exif else {}
+            return image.size, exif.get(ExifTags.Base.Orientation)
     except Exception:  # Pillow answers a broken file with almost any exception.
         problems.count("images that cannot be read: left out", picture.name)
         return None
@@ -316,7 +319,13 @@ def _find_listed(file: Path, images: Sequence[dict[str, Any]], problems: Problem
         name = line if _reverse(line)[:1] in by_end else line.split()[0]  # it may hold spaces
         parts = _reverse(name)
         ends = (parts[:n] for n in range(len(parts), 0, -1))
-        found = next((by_end[end] for end in ends if end in by_end), [])
+        end = next((end for end in ends if end in by_end), ())
+        # An image of that name in another folder is another one.
+        found = [
+            image
+            for image in by_end.get(end, [])
+            if len(end) in (len(parts), len(_reverse(image["file_name"])))
+        ]
         found = [image for image in found if name.endswith(image["file_name"])] or found
         if not found:
             problems.count("listed images that are not there", name)

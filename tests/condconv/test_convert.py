@@ -14,8 +14,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.swa_utils import AveragedModel
+from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import FrozenBatchNorm2d
 
 from condconv import (
     CondConv2d,
@@ -615,6 +617,29 @@ def test_blocks_that_cannot_share_are_named(make: Callable[[], nn.Module], reaso
     with pytest.raises(ValueError, match=reason):
         convert_to_condconv(network, 4, share_within=of(Untraceable))
     assert repr(network) == before and type(network[0]) in (Untraceable, Needy)
+
+
+class Swish(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.sigmoid()
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        nn.GroupNorm(2, 4),
+        LayerNorm2d(4),
+        FrozenBatchNorm2d(4),
+        nn.Upsample(scale_factor=2),
+        Swish(),
+    ],
+)
+def test_a_block_may_start_with_what_keeps_its_channels(first: nn.Module) -> None:
+    network = nn.Sequential(nn.Sequential(first, nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, 1)))
+    x = torch.randn(2, 4, 5, 5)
+    expected = network(x)
+    convert_to_condconv(network, 3, share_within=lambda name, _: name == "0")
+    torch.testing.assert_close(network(x), expected)
 
 
 def test_a_block_takes_its_input_alone() -> None:

@@ -158,10 +158,25 @@ def test_flags_may_stand_anywhere(
     monkeypatch.setattr(sys, "argv", ["eval_det.py", "split=val", "--cfg", "job", "device=cpu"])
     run_script(found.append, config_name="eval")
     assert "device: cpu" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", [*common, "--multirun"])
-    with pytest.raises(SystemExit):
-        run_script(found.append, config_name="eval", folder="output")
-    assert "a sweep needs output=DIR" in capsys.readouterr().err
+    for flags, answer in (
+        (["--multirun"], "a sweep needs output=DIR"),
+        (["--multirun", "--cfg", "job"], "--cfg and --info run none: give one of them"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*common, *flags])
+        with pytest.raises(SystemExit):
+            run_script(found.append, config_name="eval", folder="output")
+        assert answer in capsys.readouterr().err
+
+
+def test_a_folder_of_configs_of_ones_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("root: /mine\n")
+    arguments = ["--config-dir", str(tmp_path), "data=mine", "--cfg", "job", "-p", "data"]
+    monkeypatch.setattr(sys, "argv", ["eval_det.py", *arguments])
+    run_script(print, config_name="eval")
+    assert "root: /mine" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
