@@ -18,7 +18,7 @@ demo: $(STAMP)  ## Train and evaluate a small detector on the embedded data set
 	$(BIN)/python train_det.py experiment=demo $(ARGS)
 
 test: $(STAMP)  ## Run the tests, a process for each core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-slow: $(STAMP)  ## Run the tests marked slow
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -65,6 +65,7 @@ def test_table():
     assert "| 7 | 0.6000 | 0.6200 | +0.0200 |" in table
 
 
+@pytest.mark.slow
 def test_pairs_are_trained_and_taken_up_again(
     tiny_model: list[str], tiny_data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -170,6 +170,7 @@ def test_quantised_with_what_it_costs(
     assert ("QLinearMatMul" in operators) == ("quantize_experts=true" in overrides)
 
 
+@pytest.mark.slow
 def test_specialised_and_quantised_with_what_it_costs(
     compose_config: Callable[..., Any], trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
