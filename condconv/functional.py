@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condconv.autocast import disable_autocast, is_autocast_on
-from condconv.geometry import Padding, pair, place
+from condconv.geometry import Padding, check_padding, pair, place
 from condconv.operators import operator
 from condconv.strategies import Strategy, choose_strategy, execute, is_channels_last, lay_out
 
@@ -53,8 +53,7 @@ def condconv2d(
     _check_shapes(x, weight, routing_weights, bias, groups)
     if strategy is not None and strategy not in get_args(Strategy):
         raise ValueError(f"strategy must be one of {get_args(Strategy)}, got {strategy!r}")
-    if isinstance(padding, str) and padding not in ("same", "valid"):
-        raise ValueError(f'padding must be an int, a pair, "same" or "valid", got {padding!r}')
+    check_padding(padding)
 
     if is_autocast_on(x) and x.is_floating_point() and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))

@@ -28,6 +28,12 @@ def pair(value: int | Sequence[int]) -> tuple[int, int]:
     return vertical, horizontal
 
 
+def check_padding(padding: Padding) -> None:
+    """Raise a ValueError for an unknown word."""
+    if isinstance(padding, str) and padding not in ("same", "valid"):
+        raise ValueError(f'padding must be an int, a pair, "same" or "valid", got {padding!r}')
+
+
 def same_padding(size: int, kernel_size: int, stride: int, dilation: int) -> tuple[int, int]:
     """TensorFlow's SAME padding of one axis: (before, after).
 

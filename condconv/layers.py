@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from condconv.autocast import disable_autocast
 from condconv.functional import condconv2d
-from condconv.geometry import Padding, pad_input, pair
+from condconv.geometry import Padding, check_padding, pad_input, pair
 
 
 class Conv2dSame(nn.Conv2d):
@@ -62,8 +62,9 @@ def route(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 # Calls to a tracer of torch.fx, which cannot follow checks of shapes.
-for name in ("route", "condconv2d", "pad_input"):
-    torch.fx.wrap(name)
+torch.fx.wrap("route")
+torch.fx.wrap("condconv2d")
+torch.fx.wrap("pad_input")
 
 
 class Router(nn.Module):
@@ -132,8 +133,7 @@ class CondConv2d(nn.Module):
                 f"{in_channels} input and {out_channels} output channels "
                 f"cannot be split into {groups} groups"
             )
-        if isinstance(padding, str) and padding not in ("same", "valid"):
-            raise ValueError(f'padding must be an int, a pair, "same" or "valid", got {padding!r}')
+        check_padding(padding)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = pair(kernel_size)

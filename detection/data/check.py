@@ -298,7 +298,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for images, annotations in zip(folders, options.other, strict=True)
         ]
         report = check_split(
-            *(index, problems, others),
+            index,
+            problems,
+            others,
             max_boxes=options.max_boxes,
             show_progress=console.is_terminal,
         )
