@@ -45,20 +45,18 @@ def match_anchors(
     # Padding is made to overlap nothing.
     boxes = targets.boxes.masked_fill(~targets.valid[..., None], 0)
     iou = pairwise_iou(boxes, anchors)  # (B, G, A)
-    best_iou, best_truth = iou.max(dim=1)
-    matched = best_iou >= threshold
     if keep_ties:
         # A ground truth that touches no anchor would be as near to all of them.
         highest = iou.amax(dim=2, keepdim=True).clamp(min=torch.finfo(iou.dtype).tiny)
-        matched |= (iou >= highest).any(dim=1)
+        matched = (iou >= highest).any(dim=1)
+        best_iou, best_truth = iou.max(dim=1)
+        matched |= best_iou >= threshold
+    else:
+        # More than any IoU; and of equal ones, `max` takes the first.
+        forced = 2 * targets.valid[..., None].to(iou.dtype)
+        best_iou, best_truth = iou.scatter_(2, iou.argmax(dim=2, keepdim=True), forced).max(dim=1)
+        matched = best_iou >= threshold
     match = torch.where(matched, best_truth, UNMATCHED)
     if background_threshold is not None:
         match.masked_fill_(~matched & (best_iou >= background_threshold), IGNORED)
-    if keep_ties:
-        return match
-
-    truths = torch.arange(num_truths, device=match.device).where(targets.valid, num_truths)
-    taken = torch.full_like(match, num_truths)
-    # The lowest of those that take the same.
-    taken.scatter_reduce_(1, iou.max(dim=2).indices, truths, "amin")
-    return torch.where(taken < num_truths, taken, match)
+    return match
