@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detection.cli import find_data, plain, run_script, split_data
+from detection.cli import run_script
+from detection.config import find_data, plain, split_data
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

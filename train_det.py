@@ -8,17 +8,10 @@ from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from detection.cli import (
-    find_model,
-    hydra_overrides,
-    job_number,
-    lay_over,
-    plain,
-    resume_command,
-    run_script,
-    split_data,
-)
+from detection.cli import hydra_overrides, job_number, resume_command, run_script
+from detection.config import find_model, plain, split_data
 from detection.engine.stop import StopRequest
+from detection.overrides import lay_over
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from condconv import count_multiply_adds
 from detection.build import build_model
-from detection.cli import config_dir, plain
+from detection.config import config_dir, plain
 from detection.export.formats import ExportedDetector, export_onnx
 from detection.export.quantization import quantize_onnx
 

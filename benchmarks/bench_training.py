@@ -45,7 +45,8 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.transforms import v2
 
 from detection.build import ModelParts, build, build_model
-from detection.cli import check_overrides, config_dir, fail, plain, split_data
+from detection.cli import fail
+from detection.config import config_dir, plain, split_data
 from detection.data.coco import CocoIndex
 from detection.data.dataset import find_shorter_side
 from detection.data.sources import load_split
@@ -65,6 +66,7 @@ from detection.engine.train import (
     take_step,
 )
 from detection.errors import UserError
+from detection.overrides import check_overrides
 
 # What both sides do; overrides may change it for both.
 COMMON = (

@@ -33,9 +33,11 @@ from hydra import compose, initialize_config_dir
 
 from condconv import count_multiply_adds
 from detection.checkpoint import load_checkpoint, load_model
-from detection.cli import check_overrides, config_dir, fail, plain
+from detection.cli import fail
+from detection.config import config_dir, plain
 from detection.engine.run_folder import RunFolder
 from detection.errors import UserError
+from detection.overrides import check_overrides
 from train_det import train
 
 # Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom; the last for all above,

@@ -31,7 +31,7 @@ from hydra import compose, initialize_config_dir
 from torch.optim.lr_scheduler import LambdaLR
 
 from detection.build import ModelParts, build, build_model
-from detection.cli import config_dir, plain, split_data
+from detection.config import config_dir, plain, split_data
 from detection.data.dataset import Batch, find_shorter_side
 from detection.data.index_cache import SETTLING_SECONDS
 from detection.data.sources import load_split

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 
 from condconv import count_multiply_adds, count_parameters
 from detection.build import build_model
-from detection.cli import config_dir, plain
+from detection.config import config_dir, plain
 
 NUM_CLASSES = 80
 # As they are given to train_det.py.

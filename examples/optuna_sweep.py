@@ -18,9 +18,11 @@ from pathlib import Path
 import optuna
 from hydra import compose, initialize_config_dir
 
-from detection.cli import check_overrides, config_dir, fail
+from detection.cli import fail
+from detection.config import config_dir
 from detection.engine.stop import StopRequest
 from detection.errors import UserError
+from detection.overrides import check_overrides
 from train_det import train
 
 

@@ -17,7 +17,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from detection.cli import config_dir
+from detection.config import config_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -281,7 +281,7 @@ def save_model(
     """
     from detection.build import build_model
     from detection.checkpoint import save_checkpoint
-    from detection.cli import plain
+    from detection.config import plain
     from detection.data.shapes import CLASSES
     from detection.structures import Category
 

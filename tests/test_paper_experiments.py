@@ -15,11 +15,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from condconv import CondConv2d, count_multiply_adds
 from detection.build import ModelParts, build_model, build_partial
-from detection.cli import check_overrides, config_dir, plain
+from detection.config import config_dir, plain
 from detection.data.shapes import Recipe, provide
 from detection.engine.optimization import build_optimizer
 from detection.engine.run_folder import RunFolder
 from detection.engine.settings import TrainerSettings
+from detection.overrides import check_overrides
 from train_det import train
 
 # Width, experts and the paper's multiply-adds in millions.

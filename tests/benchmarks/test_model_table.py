@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.model_table import MODELS, make_table
-from detection.cli import config_dir
+from detection.config import config_dir
 
 PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
 

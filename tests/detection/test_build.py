@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from detection.build import build_model
-from detection.cli import plain
+from detection.config import plain
 from detection.errors import UserError
 from detection.losses import FocalCriterion
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from detection.cli import check_overrides, lay_over
+from detection.overrides import check_overrides, lay_over
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "slurm.sbatch"
 # What the script calls: torchrun trains until it is told to stop, and then fails, as it does.

@@ -15,7 +15,7 @@ from PIL import Image
 
 from detection.build import build
 from detection.checkpoint import load_checkpoint
-from detection.cli import plain, split_data
+from detection.config import plain, split_data
 from detection.data.sources import load_split
 from detection.engine import loggers
 from detection.errors import UserError

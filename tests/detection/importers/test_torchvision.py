@@ -16,7 +16,7 @@ from torchvision.models.detection import retinanet_resnet50_fpn, retinanet_resne
 
 from detection.build import build_model
 from detection.checkpoint import load_weights
-from detection.cli import plain
+from detection.config import plain
 from detection.errors import UserError
 from detection.importers.torchvision import (
     PUBLISHED,

@@ -14,7 +14,7 @@ from torch import nn
 from condconv import CondConv2d
 from detection.build import ModelParts, build_model
 from detection.checkpoint import save_checkpoint
-from detection.cli import config_dir, plain
+from detection.config import config_dir, plain
 from detection.detector import Detector
 from detection.models.anchor_network import AnchorNetwork
 from detection.structures import Category, ImageDetections, Targets
