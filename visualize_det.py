@@ -137,9 +137,8 @@ def _draw_source(detector: Detector, content: dict[str, Any]) -> list[Path]:
 
 def _write_detections(drawn: list[DrawnFrame], detector: Detector, path: Path) -> None:
     """Everything that a COCO data set has, with scores: the source has no ids of its own."""
-    import json
-
     from detection.evaluation.coco import coco_results
+    from detection.files import write_json
 
     images, annotations = [], []
     for image_id, (name, (height, width), found, _) in enumerate(drawn, start=1):
@@ -150,8 +149,7 @@ def _write_detections(drawn: list[DrawnFrame], detector: Detector, path: Path) -
             annotations.append({**own, **result})
     categories = [category._asdict() for category in detector.categories]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(content, path)
 
 
 def _draw_split(detector: Detector, index: CocoIndex, content: dict[str, Any]) -> list[Path]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 from detection.errors import UserError
 
@@ -32,11 +34,29 @@ def check_folder(path: str | Path) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a place to write, of the same suffix, which becomes `path` at the end of the `with`.
 
-    What was there before is untouched where writing fails.
+    What was there before is untouched where writing fails. A device or a pipe is written to as it
+    is.
     """
+    if path.exists() and not path.is_file():
+        yield path
+        return
     partial = path.with_name(f"{path.stem}.tmp{path.suffix}")
     try:
         yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(value: Any, path: str | Path, *, indent: int | None = None) -> None:
+    """Write a value as JSON; folders that are missing are made.
+
+    Raises:
+        ValueError: for a number that is not finite, which JSON does not have.
+    """
+    path = Path(path)
+    # Encoded before the file is opened, and in one piece: json.dump has no fast path.
+    content = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        partial.write_text(content, encoding="utf-8")

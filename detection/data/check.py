@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import sys
 from collections import Counter
@@ -31,6 +30,7 @@ from rich.text import Text
 from detection.data.coco import CocoIndex, check_same_categories
 from detection.data.coco_json import CocoReader
 from detection.errors import UserError
+from detection.files import write_json
 from detection.images import MismatchedSize, UnreadableImage, load_annotated_image
 
 T = TypeVar("T")
@@ -317,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _write(content: dict[str, Any], path: Path) -> None:
     try:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(content, path, indent=2)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 

@@ -6,7 +6,6 @@ Boxes are taken as LabelImg and most tools write them: corners in continuous pix
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections import Counter, defaultdict
@@ -21,6 +20,7 @@ from PIL import ExifTags, Image
 
 from detection.data.coco_json import read_sections, require
 from detection.errors import UserError
+from detection.files import write_json
 from detection.images import PICTURE_SUFFIXES, SIDEWAYS
 from detection.structures import Category
 
@@ -370,8 +370,7 @@ def _read_content(options: argparse.Namespace, problems: Problems) -> dict[str, 
 
 def _write(content: dict[str, Any], path: Path) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(content, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     names = {category["id"]: category["name"] for category in content["categories"]}

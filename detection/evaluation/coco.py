@@ -7,7 +7,6 @@ M limits of detections an image and category (the last is 100).
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -27,7 +26,7 @@ from rich.text import Text
 from torch import Tensor
 
 from detection.errors import UserError
-from detection.files import whole_file
+from detection.files import write_json
 from detection.structures import Category
 
 METRIC_NAMES = (
@@ -191,12 +190,12 @@ class CocoEvaluator:
 
 def write_results(results: list[dict[str, Any]], path: str | Path) -> None:
     """Write COCO results as JSON, atomically and unrounded: pycocotools reads the same numbers."""
-    _write_json(results, Path(path), indent=None)
+    write_json(results, path)
 
 
 def write_metrics(metrics: dict[str, Any], path: str | Path) -> None:
     """Write metrics as JSON, atomically."""
-    _write_json(metrics, Path(path), indent=2)
+    write_json(metrics, path, indent=2)
 
 
 def metrics_table(metrics: dict[str, Any]) -> RenderableType:
@@ -306,11 +305,3 @@ def _numbers(results: list[dict[str, Any]]) -> np.ndarray:
     """(N, 5) box (xywh) and score."""
     rows = [(*result["bbox"], result["score"]) for result in results]
     return np.array(rows, np.float64).reshape(-1, 5)
-
-
-def _write_json(value: Any, path: Path, indent: int | None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Encoded before the file is opened, and in one piece: json.dump has no fast path.
-    content = json.dumps(value, indent=indent, allow_nan=False) + "\n"
-    with whole_file(path) as partial:
-        partial.write_text(content, encoding="utf-8")

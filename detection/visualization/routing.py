@@ -8,7 +8,6 @@ Shapes: N images, K classes, E experts, L routed layers.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
@@ -27,6 +26,7 @@ from detection.data.dataset import DetectionDataset
 from detection.data.transforms import EvalTransform
 from detection.detector import Detector
 from detection.errors import UserError
+from detection.files import write_json
 from detection.visualization.colors import class_colors
 
 # A layer whose weights all deviate less over the images might as well be static.
@@ -243,8 +243,7 @@ def write_routing(routing: Routing, folder: str | Path) -> list[Path]:
             written.append(folder / f"routing_{name}.png")
             figure.savefig(written[-1], dpi=120)
     written.append(folder / "routing.json")
-    content = json.dumps(describe_routing(routing), indent=1, ensure_ascii=False)
-    written[-1].write_text(content + "\n", encoding="utf-8")
+    write_json(describe_routing(routing), written[-1], indent=1)
     return written
 
 
