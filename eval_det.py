@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detection.cli import run_script
-from detection.config import find_data, plain, split_data
+from detection.config import data_source, find_data, plain
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -54,7 +54,7 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
     from detection.engine.memory import keep_freed_memory
     from detection.engine.processes import join_processes
     from detection.engine.run_folder import LOGGER, start_logging
-    from detection.engine.settings import check_evaluation
+    from detection.engine.settings import EvaluationSettings, read_section
     from detection.errors import UserError
     from detection.evaluation.coco import (
         CocoEvaluator,
@@ -74,7 +74,7 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
         raise UserError(f"weights={content['weights']}: give one of ema, model")
     if content["report_images"] < 1:
         raise UserError(f"report_images={content['report_images']}: give at least 1")
-    check_evaluation(content["evaluation"])
+    settings = read_section(EvaluationSettings, "evaluation", content["evaluation"])
 
     def load(path: Path) -> OnnxDetector | dict[str, Any]:
         return OnnxDetector.from_file(path) if path.suffix == ".onnx" else load_checkpoint(path)
@@ -83,7 +83,7 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
     paths = [Path(content[key]) for key in ("checkpoint", "compare") if content[key]]
     loaded = [load(path) for path in paths]
     first = {"config": {}} if isinstance(loaded[0], OnnxDetector) else loaded[0]
-    source, _ = split_data(find_data(content, first))
+    source = data_source(find_data(content, first))
 
     with join_processes(content["device"]) as processes:
         if processes.device.type == "cpu":
@@ -98,17 +98,17 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
         start_logging(console, None, is_main=processes.is_main)
         for line in [f"{len(index)} images of {index.annotations_file}", *index.describe()]:
             LOGGER.info(line)
-        settings = content["evaluation"]
-        evaluator = CocoEvaluator(index.ground_truth(), backend=settings["backend"])
+        evaluator = CocoEvaluator(index.ground_truth(), backend=settings.backend)
 
         detectors: list[Detector | OnnxDetector] = []
         found: list[Evaluation] = []
         for path, file in zip(paths, loaded, strict=True):
-            batch_size = settings["batch_size"]
             with _naming(path):
                 if isinstance(file, OnnxDetector):
                     detectors.append(file)
-                    found.append(evaluate_exported(file, index, evaluator, batch_size=batch_size))
+                    found.append(
+                        evaluate_exported(file, index, evaluator, batch_size=settings.batch_size)
+                    )
                     continue
                 parts = load_model(file, weights=content["weights"])
                 detector = Detector(parts, read_categories(file), processes.device)
@@ -119,8 +119,8 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
                     evaluator,
                     processes=processes,
                     criterion=parts.criterion,
-                    batch_size=batch_size,
-                    num_workers=settings["num_workers"],
+                    batch_size=settings.batch_size,
+                    num_workers=settings.num_workers,
                 )
                 assert evaluation is not None  # nothing told it to stop
                 found.append(evaluation)
@@ -131,8 +131,8 @@ def evaluate_checkpoint(config: DictConfig) -> dict[str, Any]:
                 index,
                 found[0].results,
                 output / "visualizations",
-                num_pictures=settings["num_pictures"],
-                score_threshold=settings["picture_score_threshold"],
+                num_pictures=settings.num_pictures,
+                score_threshold=settings.picture_score_threshold,
             )
             console.print(metrics_table(found[0].metrics))
             LOGGER.info("metrics, detections and pictures: %s", output)
@@ -190,7 +190,7 @@ def _report(
             index=index,
             run=runs[0],
             other=runs[1] if len(runs) == 2 else None,
-            history=RunFolder(paths[0].parent.parent).read_metrics(),
+            history=RunFolder(paths[0].resolve().parent.parent).read_metrics(),
             num_images=content["report_images"],
             sections=_show_routing(detector, index, content["report_images"]),
         )

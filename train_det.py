@@ -9,7 +9,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from detection.cli import hydra_overrides, job_number, resume_command, run_script
-from detection.config import find_model, plain, split_data
+from detection.config import data_source, find_model, plain
 from detection.engine.stop import StopRequest
 from detection.overrides import lay_over
 
@@ -55,10 +55,10 @@ def train(
     import torch
     from PIL import Image
     from rich.console import Console
-    from torch.optim.lr_scheduler import LambdaLR
 
     from condconv import count_parameters
-    from detection.build import build, build_model, build_partial
+    from detection.augmentation import Augmentation
+    from detection.build import build, build_model
     from detection.checkpoint import read_categories, save_checkpoint
     from detection.data.coco import CocoIndex, check_same_categories, check_trainable
     from detection.data.dataset import find_shorter_side
@@ -68,10 +68,10 @@ def train(
     from detection.engine.inputs import TrainingInputs
     from detection.engine.loggers import Logger, NoLogger, PatientLogger
     from detection.engine.memory import keep_freed_memory
-    from detection.engine.optimization import average_weights, build_optimizer
+    from detection.engine.optimization import average_weights, build_optimizer, build_schedule
     from detection.engine.processes import join_processes, launcher
     from detection.engine.run_folder import LOGGER, RunFolder, read_json, start_logging
-    from detection.engine.settings import TrainerSettings, check_evaluation
+    from detection.engine.settings import EvaluationSettings, TrainerSettings, read_section
     from detection.engine.state import TrainState
     from detection.engine.train import (
         accept_sizes,
@@ -94,8 +94,9 @@ def train(
         config = lay_over(RunFolder(config.run_dir).read_config(), config, overrides)
     content = plain(config)
     content["model"] = find_model(content["model"])
-    settings = TrainerSettings.from_config(content["trainer"])
-    check_evaluation(content["evaluation"])
+    settings = read_section(TrainerSettings, "trainer", content["trainer"])
+    evaluation = read_section(EvaluationSettings, "evaluation", content["evaluation"])
+    augmentation = read_section(Augmentation, "data.augmentation", content["data"]["augmentation"])
     seed = content["seed"]
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise UserError(f"seed={seed}: give a whole number from 0 on, below 2 ** 63")
@@ -120,10 +121,9 @@ def train(
             if processes.is_main:
                 stack.enter_context(folder.lock())
             checkpoint = folder.load_newest(processes)
-        source, augmentation = split_data(content["data"])
 
         def load_splits() -> tuple[CocoIndex, CocoIndex]:
-            splits = build(source)
+            splits = build(data_source(content["data"]))
             return load_split(splits.train), load_split(splits.val)
 
         train_index, val_index = processes.first_then_others(load_splits)
@@ -157,17 +157,17 @@ def train(
         inputs = TrainingInputs(
             train_index,
             parts.preprocess,
+            augmentation,
             seed=seed,
             shorter_side=shorter_side,
             cache=cache,
-            **augmentation,
         )
         accept_sizes(network, inputs.input_sizes)
         optimizer = build_optimizer(content["optimizer"], network)
         state = TrainState(
             network=network,
             optimizer=optimizer,
-            schedule=LambdaLR(optimizer, build_partial(content["schedule"])),
+            schedule=build_schedule(content["schedule"], optimizer),
             scaler=torch.amp.GradScaler(
                 processes.device.type, enabled=settings.precision == "fp16"
             ),
@@ -176,10 +176,18 @@ def train(
         if checkpoint is not None:
             state.load_state_dict(checkpoint, processes)
 
+        ground_truth = val_index.ground_truth()
+        evaluator = CocoEvaluator(ground_truth, backend=fastest_backend())
+        final_evaluator = CocoEvaluator(ground_truth, backend=evaluation.backend)
+        logger: Logger = NoLogger()
         if processes.is_main:
             if not content["resume"]:
                 stack.enter_context(folder.lock())
                 folder.check_new()  # another run may have begun meanwhile
+            logger = PatientLogger(
+                build(content["logger"], folder=folder.path, start_step=state.step, config=content)
+            )
+            stack.push(lambda kind, *_: logger.close(failed=kind is not None))
             folder.create(content)
             folder.cut_metrics(state.step)
         start_logging(console, folder.log, is_main=processes.is_main)
@@ -197,13 +205,9 @@ def train(
         known = [*train_index.describe(inputs.max_boxes), *val_index.describe()]
         for line in [*started, *known]:
             LOGGER.info(line)
-        ground_truth = val_index.ground_truth()
-        evaluator = CocoEvaluator(ground_truth, backend=fastest_backend())
-        backend = content["evaluation"]["backend"]
-        final_evaluator = CocoEvaluator(ground_truth, backend=backend)
         pictures = {
-            "num_pictures": content["evaluation"]["num_pictures"],
-            "score_threshold": content["evaluation"]["picture_score_threshold"],
+            "num_pictures": evaluation.num_pictures,
+            "score_threshold": evaluation.picture_score_threshold,
         }
 
         def evaluate_network(
@@ -216,8 +220,8 @@ def train(
                 evaluator,
                 processes=processes,
                 criterion=parts.criterion,
-                batch_size=content["evaluation"]["batch_size"],
-                num_workers=content["evaluation"]["num_workers"],
+                batch_size=evaluation.batch_size,
+                num_workers=evaluation.num_workers,
                 should_stop=should_stop,
             )
 
@@ -226,12 +230,6 @@ def train(
             sheet = list(pairs.values()) or [Image.new("RGB", (1, 1))]  # none can be read
             return contact_sheet(sheet, columns=2, max_size=600)
 
-        logger: Logger = NoLogger()
-        if processes.is_main:
-            logger = PatientLogger(
-                build(content["logger"], folder=folder.path, start_step=state.step, config=content)
-            )
-        stack.push(lambda kind, *_: logger.close(failed=kind is not None))
         finished = run_training(
             state,
             inputs=inputs,

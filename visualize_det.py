@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detection.cli import run_script
-from detection.config import find_data, plain, split_data
+from detection.config import data_source, find_data, plain
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -73,7 +73,7 @@ def visualize(config: DictConfig) -> list[Path]:
     detector = Detector(load_model(checkpoint), read_categories(checkpoint), device)
     if content["source"] is not None:
         return _draw_source(detector, content)
-    source, _ = split_data(find_data(content, checkpoint))
+    source = data_source(find_data(content, checkpoint))
     index = load_split(find_split(build(source), content["split"]))
     draw = _draw_routing if content["routing"] else _draw_split
     return draw(detector, index, content)

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from detection.augmentation import Augmentation
 from detection.data.coco import CocoIndex
 from detection.data.dataset import DetectionDataset, collate, find_shorter_side
 from detection.data.image_cache import SHARED_MEMORY, open_cache
@@ -120,7 +121,7 @@ def make_sides(index: CocoIndex, options: Any, folder: Path) -> dict[str, tuple[
             for own_cache in (None, cache):
                 dataset = DetectionDataset(
                     index,
-                    TrainTransform(resize=resize, **changes),
+                    TrainTransform(Augmentation(**changes), resize=resize),
                     seed=0,
                     training=True,
                     shorter_side=side,

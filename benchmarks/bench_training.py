@@ -44,9 +44,10 @@ from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.models.detection.ssd import SSD
 from torchvision.transforms import v2
 
+from detection.augmentation import Augmentation
 from detection.build import ModelParts, build, build_model
 from detection.cli import fail
-from detection.config import config_dir, plain, split_data
+from detection.config import config_dir, data_source, plain
 from detection.data.coco import CocoIndex
 from detection.data.dataset import find_shorter_side
 from detection.data.sources import load_split
@@ -54,7 +55,7 @@ from detection.engine.inputs import TrainingInputs
 from detection.engine.memory import keep_freed_memory
 from detection.engine.optimization import average_weights, build_optimizer
 from detection.engine.processes import Processes, choose_device
-from detection.engine.settings import PRECISIONS, TrainerSettings
+from detection.engine.settings import PRECISIONS, TrainerSettings, read_section
 from detection.engine.state import TrainState
 from detection.engine.stop import StopRequest
 from detection.engine.train import (
@@ -92,8 +93,8 @@ class Setting(NamedTuple):
 def read_setting(overrides: Sequence[str]) -> Setting:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         config = plain(compose("train", overrides=list(overrides)))
-    settings = TrainerSettings.from_config(config["trainer"])
-    index = load_split(build(split_data(config["data"])[0]).train)
+    settings = read_section(TrainerSettings, "trainer", config["trainer"])
+    index = load_split(build(data_source(config["data"])).train)
     torch.manual_seed(0)
     parts = build_model(config["model"], len(index.categories))
     return Setting(config, settings, index, parts, Processes(0, 1, choose_device(settings.device)))
@@ -136,11 +137,14 @@ class Marked(nn.Module):
 def make_ours(setting: Setting) -> tuple[Callable[[], float], Callable[[int], dict[str, float]]]:
     """A step, which gives its loss; and a number of steps, in parts."""
     config, settings, index, parts, processes = setting
-    _, augmentation = split_data(config["data"])
     network = prepare_network(parts.network, settings, processes)
     shorter_side = find_shorter_side(config["data"]["shrink"], parts.preprocess.input_size)
     inputs = TrainingInputs(
-        index, parts.preprocess, seed=0, shorter_side=shorter_side, **augmentation
+        index,
+        parts.preprocess,
+        Augmentation(**config["data"]["augmentation"]),
+        seed=0,
+        shorter_side=shorter_side,
     )
     accept_sizes(network, inputs.input_sizes)
     optimizer = build_optimizer(config["optimizer"], network)

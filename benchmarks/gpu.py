@@ -30,8 +30,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.optim.lr_scheduler import LambdaLR
 
+from detection.augmentation import Augmentation
 from detection.build import ModelParts, build, build_model
-from detection.config import config_dir, plain, split_data
+from detection.config import config_dir, data_source, plain
 from detection.data.dataset import Batch, find_shorter_side
 from detection.data.index_cache import SETTLING_SECONDS
 from detection.data.sources import load_split
@@ -39,7 +40,7 @@ from detection.detector import Detector
 from detection.engine.inputs import TrainingInputs
 from detection.engine.optimization import build_optimizer
 from detection.engine.processes import Processes, choose_device
-from detection.engine.settings import TrainerSettings
+from detection.engine.settings import TrainerSettings, read_section
 from detection.engine.state import TrainState
 from detection.engine.stop import StopRequest, start_loader
 from detection.engine.train import (
@@ -135,10 +136,9 @@ def prepare_step(
             *("trainer.steps=1000000", *overrides, *row.overrides),
         ]
     )
-    settings = TrainerSettings.from_config(config["trainer"])
+    settings = read_section(TrainerSettings, "trainer", config["trainer"])
     processes = Processes(0, 1, device)
-    source, augmentation = split_data(config["data"])
-    index = load_split(build(source).train)
+    index = load_split(build(data_source(config["data"])).train)
     parts = build_parts(config)
     side = find_shorter_side(config["data"]["shrink"], parts.preprocess.input_size)
     network = prepare_network(parts.network, settings, processes)
@@ -155,7 +155,11 @@ def prepare_step(
     with ExitStack() as stack:
         cache = stack.enter_context(open_image_cache(index, side, settings, processes))
         inputs = TrainingInputs(
-            *(index, parts.preprocess), seed=0, shorter_side=side, cache=cache, **augmentation
+            *(index, parts.preprocess),
+            Augmentation(**config["data"]["augmentation"]),
+            seed=0,
+            shorter_side=side,
+            cache=cache,
         )
         num_warm = 3
         if row.cached:
@@ -326,7 +330,7 @@ def draw_images(folder: Path, *, quick: bool) -> list[str]:
     count, size, workers = (8, "[64,80]", 1) if quick else (512, "[480,640]", os.cpu_count())
     overrides = [f"data.root='{folder}'", f"data.num_train={count}", "data.num_val=1"]
     overrides += [f"data.image_size={size}", f"trainer.num_workers={workers}"]
-    build(split_data(read_config(overrides)["data"])[0])
+    build(data_source(read_config(overrides)["data"]))
     time.sleep(SETTLING_SECONDS)  # what has just changed is not cached
     return overrides
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,74 @@ BRIGHTNESS, CONTRAST, SATURATION = (0.875, 1.125), (0.5, 1.5), (0.5, 1.5)
 GREY = (0.299, 0.587, 0.114)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """What happens to training images; the `data.augmentation` section of a config.
+
+    Args:
+        crop: "ssd" (`RandomObjectCoverageCrop`) or "none".
+        crop_areas: least and most of the image's area that the crop takes.
+        crop_aspect_ratios: least and most width / height of the crop in pixels.
+        horizontal_flip: probability of a left-right flip.
+        vertical_flip: probability of an upside-down flip.
+        photometric: probability of each of the colour distortions of SSD.
+        zoom_out: probability of placing the image on a canvas up to four times as wide and high.
+        mosaic: probability of four images in one.
+        mixup: probability of the mean of two images.
+        multi_scale: least and most input size of a step, and the distance between those that may be
+            drawn, in pixels; None is the detector's at every step.
+        on_device: crop, flips, colours and zoom-out happen to the batch on the device; the loader
+            resizes to this many times the input size. None has them happen in the loader.
+        max_boxes: at most so many boxes of an image are kept, in the data set's order.
+
+    Raises:
+        UserError: an unknown crop, or a number out of range.
+    """
+
+    crop: str = "ssd"
+    crop_areas: list[float] = field(default_factory=lambda: [0.1, 1.0])
+    crop_aspect_ratios: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    horizontal_flip: float = 0.5
+    vertical_flip: float = 0.0
+    photometric: float = 0.0
+    zoom_out: float = 0.0
+    mosaic: float = 0.0
+    mixup: float = 0.0
+    multi_scale: list[int] | None = None
+    on_device: float | None = None
+    max_boxes: int = 100
+
+    def __post_init__(self) -> None:
+        if self.crop not in ("ssd", "none"):
+            self._refuse("crop", 'it is "ssd" or "none"')
+        flips = ("horizontal_flip", "vertical_flip")
+        for name in (*flips, "photometric", "zoom_out", "mosaic", "mixup"):
+            if not 0 <= getattr(self, name) <= 1:
+                self._refuse(name, "it is a probability, 0 to 1")
+        for name in ("crop_areas", "crop_aspect_ratios"):
+            ends = getattr(self, name)
+            if len(ends) != 2 or not 0 < ends[0] <= ends[1]:
+                self._refuse(name, "it is [least,most], 0 < least <= most")
+        if self.multi_scale is not None:
+            sizes = self.multi_scale
+            if len(sizes) != 3 or not 0 < sizes[0] <= sizes[1] or sizes[2] < 1:
+                self._refuse(
+                    "multi_scale",
+                    "it is null, or [least,most,step], 0 < least <= most, and a step from 1 on",
+                )
+        if self.on_device is not None and self.on_device < 1:
+            self._refuse(
+                "on_device",
+                "it is null, or the size that the loader resizes to relative to model.input_size, "
+                "1 or more",
+            )
+        if self.max_boxes < 1:
+            self._refuse("max_boxes", "it is at least 1")
+
+    def _refuse(self, name: str, reason: str) -> NoReturn:
+        raise UserError(f"data.augmentation.{name}={getattr(self, name)}: {reason}")
+
+
 def resize_batch(images: Tensor, targets: Targets, size: int) -> tuple[Tensor, Targets]:
     """Square images (B, 3, H, H) and their boxes at another size: float32 (B, 3, size, size)."""
     scale = size / images.shape[-1]
@@ -50,63 +120,28 @@ class BatchAugmentation(nn.Module):
     which boxes stay.
 
     Sampling is bilinear. It passes over no pixel where an image shrinks to no less than half; where
-    the settings allow of more (`resize_factor` above 2, or any zoom-out), the sample is taken on a
+    the settings allow of more (`on_device` above 2, or any zoom-out), the sample is taken on a
     grid so many times finer, and its cells are averaged.
 
     An image's outcome depends on its own random numbers alone.
 
     Args:
+        settings: what may happen.
         preprocess: the detector's: how an image comes to lie in the input.
-        resize_factor: F relative to S.
-        crop: "ssd" or "none".
-        crop_areas: least and most of the image's area that the crop takes.
-        crop_aspect_ratios: least and most width / height of the crop in pixels.
-        horizontal_flip: probability of a left-right flip.
-        vertical_flip: probability of an upside-down flip.
-        photometric: probability of each of a change of brightness, contrast and saturation.
-        zoom_out: probability of placing the image on a canvas up to four times as wide and high.
-        max_boxes: at most so many boxes are kept, in the data set's order.
-
-    Raises:
-        UserError: a factor below 1.
     """
 
     num_draws = NUM_CHOICES + 4 * NUM_WINDOWS
     min_coverages: Tensor
     grey: Tensor
 
-    def __init__(
-        self,
-        *,
-        preprocess: Preprocess,
-        resize_factor: float = 1.0,
-        crop: str = "ssd",
-        crop_areas: Sequence[float] = (0.1, 1.0),
-        crop_aspect_ratios: Sequence[float] = (0.5, 2.0),
-        horizontal_flip: float = 0.5,
-        vertical_flip: float = 0.0,
-        photometric: float = 0.0,
-        zoom_out: float = 0.0,
-        max_boxes: int = 100,
-    ) -> None:
+    def __init__(self, settings: Augmentation, preprocess: Preprocess) -> None:
         super().__init__()
         self.register_buffer("min_coverages", torch.tensor(MIN_COVERAGES), persistent=False)
         self.register_buffer("grey", torch.tensor(GREY).view(3, 1, 1), persistent=False)
-        if resize_factor < 1:
-            raise UserError(
-                f"augmentation.on_device={resize_factor}: it is null, or the size that the loader "
-                "resizes to relative to model.input_size, 1 or more"
-            )
-        self.input = preprocess.at_size(preprocess.input_size)
-        self.loaded = preprocess.at_size(round(preprocess.input_size * resize_factor))
-        self.crop = crop
-        self.crop_areas = crop_areas
-        self.crop_aspect_ratios = crop_aspect_ratios
-        self.horizontal_flip = horizontal_flip
-        self.vertical_flip = vertical_flip
-        self.photometric = photometric
-        self.zoom_out = zoom_out
-        self.max_boxes = max_boxes
+        self.settings = settings
+        size = preprocess.input_size
+        self.input = preprocess.at_size(size)
+        self.loaded = preprocess.at_size(round(size * (settings.on_device or 1)))
 
     @torch.no_grad()
     def forward(
@@ -132,17 +167,18 @@ class BatchAugmentation(nn.Module):
         """
         size = self.input.input_size
         output_size = output_size or size
+        settings = self.settings
         coverage, keep, zooms, scale, at_x, at_y, flip_x, flip_y, *colours = draws[
             :, :NUM_CHOICES
         ].unbind(1)
         region = _place(self.loaded, sizes)
         boxes = _to_units(targets.boxes, region)
 
-        scale = torch.where(zooms < self.zoom_out, 1 + (MAX_ZOOM_OUT - 1) * scale, 1.0)[:, None]
+        scale = torch.where(zooms < settings.zoom_out, 1 + (MAX_ZOOM_OUT - 1) * scale, 1.0)[:, None]
         corner = (1 - scale) * torch.stack([at_x, at_y], 1)
         canvas = torch.cat([corner, corner + scale], 1)
         window, min_coverage = canvas, torch.zeros_like(keep)
-        if self.crop == "ssd":
+        if settings.crop == "ssd":
             windows, fit = self.draw_windows(canvas, sizes, draws[:, NUM_CHOICES:])
             chosen = self.min_coverages[(coverage * len(MIN_COVERAGES)).long()]
             # An image without boxes counts as one box.
@@ -154,7 +190,7 @@ class BatchAugmentation(nn.Module):
             min_coverage = torch.where(crops, chosen, 0.0)
 
         place = _place(self.input, (window[:, 2:] - window[:, :2]).flip(1) * sizes)
-        flips = torch.stack([flip_x < self.horizontal_flip, flip_y < self.vertical_flip], 1)
+        flips = torch.stack([flip_x < settings.horizontal_flip, flip_y < settings.vertical_flip], 1)
         moved = self._move(targets, boxes, window, min_coverage, flips, place)
         moved = moved._replace(boxes=moved.boxes * (output_size / size))
         pixels = self._sample(images, window, region, flips, place, output_size)
@@ -172,7 +208,8 @@ class BatchAugmentation(nn.Module):
             (B, C, 4), and (B, C): whether their area is within the bounds.
         """
         ratio, at_height, at_x, at_y = draws.unflatten(1, (4, -1)).unbind(1)
-        (least_ratio, most_ratio), (least, most) = self.crop_aspect_ratios, self.crop_areas
+        least_ratio, most_ratio = self.settings.crop_aspect_ratios
+        least, most = self.settings.crop_areas
         height, width = sizes[:, None].unbind(2)
         # Width over height in shares of the canvas.
         ratio = (least_ratio + ratio * (most_ratio - least_ratio)) * height / width
@@ -200,7 +237,7 @@ class BatchAugmentation(nn.Module):
         flipped = 1 - inside[..., [2, 3, 0, 1]]
         moved = _from_units(torch.where(flips.repeat(1, 2)[:, None], flipped, inside), place)
         valid &= (moved[..., 2:] > moved[..., :2]).all(2)
-        valid &= valid.cumsum(1) <= self.max_boxes
+        valid &= valid.cumsum(1) <= self.settings.max_boxes
         return Targets(boxes=moved * valid[..., None], labels=targets.labels * valid, valid=valid)
 
     def _sample(
@@ -226,7 +263,7 @@ class BatchAugmentation(nn.Module):
         theta = torch.diag_embed((ends[:, 2:] - ends[:, :2]) / 2)
         theta = torch.cat([theta, (ends[:, 2:] + ends[:, :2])[..., None] / 2], 2)
 
-        shrink = loaded / output_size * (MAX_ZOOM_OUT if self.zoom_out else 1.0)
+        shrink = loaded / output_size * (MAX_ZOOM_OUT if self.settings.zoom_out else 1.0)
         finer = max(1, math.ceil(shrink / 2))
         side = output_size * finer
         grid = F.affine_grid(theta, [len(images), 3, side, side], align_corners=False)
@@ -241,11 +278,12 @@ class BatchAugmentation(nn.Module):
         return F.avg_pool2d(pixels, finer) + mean if finer > 1 else pixels + mean
 
     def _distort_colours(self, images: Tensor, draws: Sequence[Tensor]) -> Tensor:
-        if not self.photometric:
+        probability = self.settings.photometric
+        if not probability:
             return images
         bounds = (BRIGHTNESS, CONTRAST, SATURATION)
         brightness, contrast, saturation = (
-            torch.where(happens < self.photometric, least + amount * (most - least), 1.0).view(
+            torch.where(happens < probability, least + amount * (most - least), 1.0).view(
                 -1, 1, 1, 1
             )
             for happens, amount, (least, most) in zip(draws[::2], draws[1::2], bounds, strict=True)

@@ -33,10 +33,9 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def split_data(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The `data` section as (the source's config, the augmentation's)."""
-    source = {key: value for key, value in config.items() if key not in ("augmentation", "shrink")}
-    return source, config["augmentation"]
+def data_source(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `data` section without what is only of training."""
+    return {key: value for key, value in config.items() if key not in ("augmentation", "shrink")}
 
 
 def find_model(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,5 +84,5 @@ def find_data(config: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[
     # Here and not above: torch takes seconds to import.
     from detection.build import DATA_TARGETS, check_targets
 
-    check_targets(split_data(data)[0], DATA_TARGETS, "checkpoint's data")
+    check_targets(data_source(data), DATA_TARGETS, "checkpoint's data")
     return data

@@ -107,6 +107,8 @@ def lay_over(saved: DictConfig, composed: DictConfig, overrides: Sequence[str]) 
         key = override.key_or_group.replace("/", ".")
         if key == "experiment":
             raise UserError("resume=true goes on with the run's own config: leave experiment= out")
+        if key.startswith("hydra."):
+            continue
         if key in ("logger", "schedule"):
             own, new = (OmegaConf.select(each, f"{key}._target_") for each in (saved, composed))
             if own == new:
@@ -230,10 +232,11 @@ def _first_of_sweep(override: Override) -> str:
 def _explain_groups(loader: Any, groups: Sequence[Override]) -> str | None:
     """The first override that names no option of its group, and what it may have meant."""
     for override in groups:
-        group, value = override.key_or_group, str(override.value())
+        group, chosen = override.key_or_group, override.value()
         options = _all_options(loader, group)
-        if value not in options:
-            return f"{group}={value}: there is no such {group}; {_suggest(value, options)}"
+        for value in map(str, chosen if isinstance(chosen, list) else [chosen]):
+            if value not in options:
+                return f"{group}={value}: there is no such {group}; {_suggest(value, options)}"
     return None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from detection.augmentation import Augmentation
 from detection.data.coco import CocoIndex
 from detection.data.dataset import collate
 from detection.data.sources import load_split, shapes
@@ -37,7 +38,9 @@ def draw_row(
     index: CocoIndex, caption: str, options: dict[str, Any], count: int
 ) -> tuple[list[Image.Image], list[str]]:
     """The first images of a split, each as the network is given it in a step of its own."""
-    inputs = TrainingInputs(index, Preprocess(input_size=INPUT_SIZE), seed=SEED, **options)
+    inputs = TrainingInputs(
+        index, Preprocess(input_size=INPUT_SIZE), Augmentation(**options), seed=SEED
+    )
     names = [category.name for category in index.categories]
     pictures, captions = [], []
     for step in range(count):

@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from condconv import CondConv2d, count_multiply_adds
-from detection.build import ModelParts, build_model, build_partial
+from detection.build import ModelParts, build_model
 from detection.config import config_dir, plain
 from detection.data.shapes import Recipe, provide
-from detection.engine.optimization import build_optimizer
+from detection.engine.optimization import build_optimizer, build_schedule
 from detection.engine.run_folder import RunFolder
-from detection.engine.settings import TrainerSettings
+from detection.engine.settings import TrainerSettings, read_section
 from detection.overrides import check_overrides
 from train_det import train
 
@@ -79,7 +78,7 @@ def test_they_differ_in_width_and_experts_only(compose_experiment: Callable[...,
 
 def test_recipe(compose_experiment: Callable[..., Any]):
     content = compose_experiment(NAME)
-    settings = TrainerSettings.from_config(content["trainer"])
+    settings = read_section(TrainerSettings, "trainer", content["trainer"])
     assert (settings.batch_size, settings.steps) == (1024, 20000)
     assert settings.ema_decay is None
     assert settings.gradient_clip_norm is None
@@ -123,7 +122,7 @@ def test_learning_rates(compose_experiment: Callable[..., Any], one_gpu: bool, s
     """One GPU takes an eighth of the batch at an eighth of the rate, for eight times the steps."""
     content = compose_experiment(NAME, one_gpu=one_gpu)
     optimizer = build_optimizer(content["optimizer"], nn.Conv2d(1, 1, 1))
-    schedule = LambdaLR(optimizer, build_partial(content["schedule"]))
+    schedule = build_schedule(content["schedule"], optimizer)
     rates = [schedule.get_last_lr()[0]]
     for step in (500, 1000, 10500, 20000):
         schedule.last_epoch = step * scale - 1  # going there step by step takes half a minute

@@ -375,6 +375,8 @@ def test_an_unreadable_image_is_replaced_and_counted(
     assert "another image takes its place" in log
     assert "1 images could not be read" in log
     assert "evaluated as an image without detections" in log
+    found = json.loads((folder / "detections.json").read_text())
+    assert len({result["image_id"] for result in found}) == 4
     assert "images have more than max_boxes=1 boxes" in log
 
 
@@ -475,11 +477,14 @@ def test_nothing_is_written_where_the_data_is_wrong(run: Callable[..., Path], tm
     with pytest.raises(UserError, match="sync_batch_norm=true works on GPUs only"):
         run("trainer.sync_batch_norm=true")
     for word, answer in (
-        ("evaluation.batch_size=0", r"evaluation\.batch_size=0: give a whole number from 1 on"),
+        ("evaluation.batch_size=0", r"evaluation\.batch_size=0: give at least 1"),
+        ("evaluation.backend=typo", "backend"),
+        ("+schedule.foo=1", "schedule: .*unexpected keyword argument 'foo'"),
+        ("schedule.steps=null", "schedule: "),
         ("seed=null", "seed=None: give a whole number"),
         ("seed=99999999999999999999", "below 2"),
         ("trainer.device=mps", "device=mps: give auto, cpu, cuda"),
-        ("data.augmentation.multi_scale=96", "multi_scale=96: it is null, or"),
+        ("data.augmentation.multi_scale=96", "multi_scale: "),
         ("data.augmentation.crop_areas=[0.5]", r"crop_areas=\[0\.5\]: it is \[least,most\]"),
         ("optimizer.betas=[0.9]", "AdamW: "),
         ("model.preprocess.mean=[0,0]", "one for each of 3 channels, not"),
@@ -487,6 +492,15 @@ def test_nothing_is_written_where_the_data_is_wrong(run: Callable[..., Path], tm
         with pytest.raises(UserError, match=answer):
             run(word, "optimizer=adamw")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_cannot_begin_leaves_its_folder_free(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="wandb"):
+        run("trainer.steps=1", "logger=wandb")
+    assert (run("trainer.steps=1") / "metrics.json").exists()
 
 
 def test_a_damaged_run_folder_is_one_line(run: Callable[..., Path]):

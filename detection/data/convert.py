@@ -11,7 +11,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -79,8 +79,9 @@ def read_voc(images: Path, annotations: Path, problems: Problems) -> Iterator[La
         except ElementTree.ParseError as error:
             problems.count("XML files that cannot be read", f"{file.name}: {error}")
             continue
-        named = Path(root.findtext("filename") or "").with_suffix("").as_posix()
-        if not (picture := pictures.get(key) or pictures.get(named)):
+        named = PurePosixPath((root.findtext("filename") or "").strip())
+        stem = named.with_suffix("").as_posix() if named.name else key
+        if not (picture := pictures.get(key) or pictures.get(stem)):
             problems.count("annotations without an image", file.name)
             continue
         if not (found := _read_size(picture, problems)):

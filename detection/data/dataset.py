@@ -79,7 +79,7 @@ class Batch(NamedTuple):
         targets: boxes and labels, padded.
         image_ids: (B,) int64.
         sizes: (B, 2) int64, height and width of the originals.
-        unreadable: those of all samples.
+        unreadable: those of each sample.
         draws: (B, D), or None.
     """
 
@@ -87,7 +87,7 @@ class Batch(NamedTuple):
     targets: Targets
     image_ids: Tensor
     sizes: Tensor
-    unreadable: tuple[str, ...]
+    unreadable: tuple[tuple[str, ...], ...]
     draws: Tensor | None = None
 
 
@@ -271,6 +271,6 @@ def collate(samples: list[Sample]) -> Batch:
         targets=targets,
         image_ids=torch.tensor([sample.image_id for sample in samples]),
         sizes=torch.tensor([sample.size for sample in samples]),
-        unreadable=tuple(name for sample in samples for name in sample.unreadable),
+        unreadable=tuple(sample.unreadable for sample in samples),
         draws=torch.stack(draws) if draws else None,
     )

@@ -14,7 +14,6 @@ from torchvision.transforms.v2 import functional as F
 
 from detection.boxes import box_area, clip_boxes
 from detection.data.transforms import FILL, Example, wrap_boxes
-from detection.errors import UserError
 
 # A box of a mosaic is dropped where less of its area stays: `box_candidates` of YOLOv5.
 MIN_COVERAGE = 0.1
@@ -32,17 +31,11 @@ class Mixing:
         mixup: probability of blending with a second image.
         max_boxes: at most so many boxes of a blend are kept, those of the first image first; None
             keeps all.
-
-    Raises:
-        UserError: a number out of range.
     """
 
     def __init__(
         self, *, side: int, mosaic: float = 0.0, mixup: float = 0.0, max_boxes: int | None = None
     ) -> None:
-        for name, probability in (("mosaic", mosaic), ("mixup", mixup)):
-            if not 0 <= probability <= 1:
-                raise UserError(f"augmentation.{name}={probability}: it is a probability, 0 to 1")
         self.side = side
         self.mosaic = mosaic
         self.mixup = mixup

@@ -6,7 +6,7 @@ fixes the outcome. Shapes: N boxes of the image, C candidate crops.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +15,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from detection.augmentation import KEEP_PROBABILITY, MIN_COVERAGES, NUM_WINDOWS
+from detection.augmentation import KEEP_PROBABILITY, MIN_COVERAGES, NUM_WINDOWS, Augmentation
 from detection.boxes import pairwise_coverage
-from detection.errors import UserError
 
 Resize = Callable[
     [tv_tensors.Image, tv_tensors.BoundingBoxes], tuple[tv_tensors.Image, tv_tensors.BoundingBoxes]
@@ -140,69 +139,26 @@ class TrainTransform:
     Colours are distorted last, on the resized image, where that costs least.
 
     Args:
+        settings: what may happen.
         resize: brings image and boxes to the input size.
-        crop: "ssd" (`RandomObjectCoverageCrop`) or "none".
-        crop_areas: least and most of the image's area that the crop takes.
-        crop_aspect_ratios: least and most width / height of the crop in pixels.
-        horizontal_flip: probability of a left-right flip.
-        vertical_flip: probability of an upside-down flip.
-        photometric: probability of each of the colour distortions of SSD.
-        zoom_out: probability of placing the image on a canvas up to four times as wide and high.
-        max_boxes: at most so many boxes are kept, in the data set's order.
-
-    Raises:
-        UserError: an unknown crop, or a number out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        resize: Resize,
-        crop: str = "ssd",
-        crop_areas: Sequence[float] = (0.1, 1.0),
-        crop_aspect_ratios: Sequence[float] = (0.5, 2.0),
-        horizontal_flip: float = 0.5,
-        vertical_flip: float = 0.0,
-        photometric: float = 0.0,
-        zoom_out: float = 0.0,
-        max_boxes: int = 100,
-    ) -> None:
-        if crop not in ("ssd", "none"):
-            raise UserError(f'augmentation.crop={crop}: it is "ssd" or "none"')
-        probabilities = {
-            "horizontal_flip": horizontal_flip,
-            "vertical_flip": vertical_flip,
-            "photometric": photometric,
-            "zoom_out": zoom_out,
-        }
-        for name, probability in probabilities.items():
-            if not 0 <= probability <= 1:
-                raise UserError(f"augmentation.{name}={probability}: it is a probability, 0 to 1")
-        if max_boxes < 1:
-            raise UserError(f"augmentation.max_boxes={max_boxes}: it is at least 1")
-        for name, ends in (
-            ("crop_areas", crop_areas),
-            ("crop_aspect_ratios", crop_aspect_ratios),
-        ):
-            if len(ends) != 2 or not 0 < ends[0] <= ends[1]:
-                raise UserError(
-                    f"augmentation.{name}={list(ends)}: it is [least,most], 0 < least <= most"
-                )
+    def __init__(self, settings: Augmentation, *, resize: Resize) -> None:
         ssd_crop = RandomObjectCoverageCrop(
-            areas=(crop_areas[0], crop_areas[1]),
-            aspect_ratios=(crop_aspect_ratios[0], crop_aspect_ratios[1]),
+            areas=(settings.crop_areas[0], settings.crop_areas[1]),
+            aspect_ratios=(settings.crop_aspect_ratios[0], settings.crop_aspect_ratios[1]),
         )
         steps: list[tuple[float, Resize]] = [
-            (zoom_out, ZoomOut(fill=FILL, p=zoom_out)),
-            (float(crop == "ssd"), ssd_crop),
+            (settings.zoom_out, ZoomOut(fill=FILL, p=settings.zoom_out)),
+            (float(settings.crop == "ssd"), ssd_crop),
             (1.0, resize),
-            (horizontal_flip, v2.RandomHorizontalFlip(horizontal_flip)),
-            (vertical_flip, v2.RandomVerticalFlip(vertical_flip)),
-            (photometric, self._distort_colours),
+            (settings.horizontal_flip, v2.RandomHorizontalFlip(settings.horizontal_flip)),
+            (settings.vertical_flip, v2.RandomVerticalFlip(settings.vertical_flip)),
+            (settings.photometric, self._distort_colours),
         ]
-        self._photometric_distort = v2.RandomPhotometricDistort(p=photometric)
+        self._photometric_distort = v2.RandomPhotometricDistort(p=settings.photometric)
         self.steps = [step for probability, step in steps if probability > 0]
-        self.max_boxes = max_boxes
+        self.max_boxes = settings.max_boxes
 
     def __call__(
         self, image: tv_tensors.Image, boxes: tv_tensors.BoundingBoxes, labels: Tensor

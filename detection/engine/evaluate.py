@@ -102,9 +102,12 @@ def evaluate(
                 for name, value in {**losses.sums, "divisor": losses.divisor}.items():
                     sums[name] = sums.get(name, 0.0) + value.item()
             detections = unbatch(detector.decode(predictions, batch.sizes))
-            for image_id, found in zip(batch.image_ids.tolist(), detections, strict=True):
-                results += _known_results(found, image_id, categories)
-            unreadable += batch.unreadable
+            for image_id, found, names in zip(
+                batch.image_ids.tolist(), detections, batch.unreadable, strict=True
+            ):
+                unreadable += names
+                if not names:  # else it was of a black image in its place
+                    results += _known_results(found, image_id, categories)
 
     if processes.any(stopped):
         return None

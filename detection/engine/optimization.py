@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from condconv import CondConv2d, Router, find_routers
-from detection.build import build
-from detection.errors import UserError
+from detection.build import build, build_partial
+from detection.errors import UserError, first_line
 
 ROUTER_OPTIONS = ("router_lr_factor", "router_weight_decay")
 
@@ -86,6 +87,23 @@ def parameter_groups(
             group(biases, weight_decay=0.0, **rate),
         ]
     return groups
+
+
+def build_schedule(config: Mapping[str, Any], optimizer: Optimizer) -> LambdaLR:
+    """Build the schedule of an optimizer's learning rate.
+
+    Args:
+        config: the `schedule` section: a function of the step that gives a factor, and arguments.
+
+    Raises:
+        UserError: where the function does not exist or refuses an argument.
+    """
+    factor = build_partial(config)
+    try:
+        factor(2**40)  # beyond any warm-up, whose arguments the first step needs
+        return LambdaLR(optimizer, factor)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"schedule: {first_line(error)}") from error
 
 
 def warmup_cosine(

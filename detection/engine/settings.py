@@ -1,10 +1,10 @@
-"""What a user can set of a training run; the `trainer` section of the config."""
+"""What a user can set of a run: sections of the config, checked."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -13,26 +13,57 @@ from detection.errors import UserError, first_line
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
+Section = TypeVar("Section")
 
-def check_evaluation(config: Mapping[str, Any]) -> None:
-    """See that the numbers of an `evaluation` section are in range.
+
+def read_section(kind: type[Section], name: str, config: Mapping[str, Any]) -> Section:
+    """A section of a config as the dataclass that says what may be in it.
+
+    Args:
+        kind: of fields that OmegaConf knows; it checks their ranges itself.
+        name: of the section, for messages.
 
     Raises:
         UserError: naming the key and what it takes.
     """
-    for name, least in (("batch_size", 1), ("num_workers", 0), ("num_pictures", 0)):
-        if not isinstance(config[name], int) or config[name] < least:
-            raise UserError(
-                f"evaluation.{name}={config[name]}: give a whole number from {least} on"
-            )
-    threshold = config["picture_score_threshold"]
-    if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
-        raise UserError(f"evaluation.picture_score_threshold={threshold}: give one from 0 to 1")
+    try:
+        section = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), config))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{name}.{error.full_key}: {first_line(error)}") from error
+    assert isinstance(section, kind)
+    return section
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """How to evaluate; the `evaluation` section of a config.
+
+    Args:
+        batch_size: images at a time.
+        num_workers: loader processes.
+        backend: what computes AP: "pycocotools" or "hotcoco".
+        num_pictures: so many images are drawn.
+        picture_score_threshold: least score of a detection that is drawn.
+    """
+
+    batch_size: int = 16
+    num_workers: int = 2
+    backend: str = "pycocotools"
+    num_pictures: int = 12
+    picture_score_threshold: float = 0.4
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("num_workers", 0), ("num_pictures", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"evaluation.{name}={getattr(self, name)}: give at least {least}")
+        threshold = self.picture_score_threshold
+        if not 0 <= threshold <= 1:
+            raise UserError(f"evaluation.picture_score_threshold={threshold}: give one from 0 to 1")
 
 
 @dataclass(kw_only=True)
 class TrainerSettings:
-    """How to train, counted in optimizer steps.
+    """How to train, counted in optimizer steps; the `trainer` section of a config.
 
     Args:
         steps: length of the run.
@@ -66,8 +97,8 @@ class TrainerSettings:
     image_cache_folder: str | None = None
     precision: str = "fp32"
     gradient_clip_norm: float | None = None
-    ema_decay: float | None = None
-    channels_last: bool = False
+    ema_decay: float | None = 0.999
+    channels_last: bool = True
     keep_memory: bool = True
     freeze_batch_norm: bool = False
     sync_batch_norm: bool = False
@@ -79,42 +110,7 @@ class TrainerSettings:
     early_stopping: int | None = None
     device: str = "auto"
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> TrainerSettings:
-        """Check types and ranges.
-
-        Raises:
-            UserError: naming the key and what it takes.
-        """
-        try:
-            settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), config))
-        except OmegaConfBaseException as error:
-            reason = first_line(error)
-            raise UserError(f"trainer.{error.full_key}: {reason}") from error
-        assert isinstance(settings, cls)
-        settings._check()
-        return settings
-
-    def check_shares(self, world_size: int) -> None:
-        """See that the batch can be shared out to processes and micro-batches.
-
-        Raises:
-            UserError: where a share is uneven, or too small for batch norm.
-        """
-        num_shares = world_size * self.num_micro_batches
-        if self.batch_size % num_shares:
-            raise UserError(
-                f"trainer.batch_size={self.batch_size} cannot be shared by {world_size} "
-                f"process(es) with {self.num_micro_batches} micro-batch(es) each: "
-                f"give a multiple of {num_shares}"
-            )
-        if self.batch_size == num_shares and not self.freeze_batch_norm:
-            raise UserError(
-                f"trainer.batch_size={self.batch_size} leaves one image a micro-batch, and batch "
-                "norm needs two: give a larger batch, or trainer.freeze_batch_norm=true"
-            )
-
-    def _check(self) -> None:
+    def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "num_micro_batches", "log_every", "evaluate_every")
         for name in (*counts, "keep_last"):
             if getattr(self, name) < 1:
@@ -138,3 +134,22 @@ class TrainerSettings:
             raise UserError("trainer.gradient_clip_norm: give a positive norm, or null")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise UserError("trainer.ema_decay: give a number between 0 and 1, or null")
+
+    def check_shares(self, world_size: int) -> None:
+        """See that the batch can be shared out to processes and micro-batches.
+
+        Raises:
+            UserError: where a share is uneven, or too small for batch norm.
+        """
+        num_shares = world_size * self.num_micro_batches
+        if self.batch_size % num_shares:
+            raise UserError(
+                f"trainer.batch_size={self.batch_size} cannot be shared by {world_size} "
+                f"process(es) with {self.num_micro_batches} micro-batch(es) each: "
+                f"give a multiple of {num_shares}"
+            )
+        if self.batch_size == num_shares and not self.freeze_batch_norm:
+            raise UserError(
+                f"trainer.batch_size={self.batch_size} leaves one image a micro-batch, and batch "
+                "norm needs two: give a larger batch, or trainer.freeze_batch_norm=true"
+            )

@@ -383,6 +383,7 @@ def _refuse_step(
 
 
 def _report_unreadable(batches: list[Batch], known: set[str]) -> None:
-    for name in {name for batch in batches for name in batch.unreadable} - known:
+    names = {name for batch in batches for names in batch.unreadable for name in names}
+    for name in names - known:
         known.add(name)
         LOGGER.warning("cannot read %s: another image takes its place", name)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detection.cli import run_script
-from detection.config import find_data, plain, split_data
+from detection.config import data_source, find_data, plain
 
 if TYPE_CHECKING:
     import torch
@@ -141,7 +141,7 @@ class _Data:
         from detection.build import build
         from detection.data.sources import load_split
 
-        splits = build(split_data(config)[0])
+        splits = build(data_source(config))
         self.val = load_split(splits.val)
         # What is measured on is not calibrated on, where there is a choice.
         train = self.val if splits.train is None else load_split(splits.train)

@@ -9,9 +9,14 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as T
 
-from detection.augmentation import MIN_COVERAGES, NUM_CHOICES, BatchAugmentation, resize_batch
+from detection.augmentation import (
+    MIN_COVERAGES,
+    NUM_CHOICES,
+    Augmentation,
+    BatchAugmentation,
+    resize_batch,
+)
 from detection.boxes import pairwise_coverage
-from detection.errors import UserError
 from detection.preprocess import Letterbox, Preprocess
 from detection.structures import Targets
 
@@ -90,7 +95,7 @@ def extent(mask: Tensor) -> Tensor:
 )
 def test_boxes_lie_around_the_pixels(kind: str, resize_factor: float, options: dict[str, Any]):
     augmentation = BatchAugmentation(
-        preprocess=PREPROCESS[kind], resize_factor=resize_factor, **options
+        Augmentation(on_device=resize_factor, **options), PREPROCESS[kind]
     )
     num_kept = num_clipped = 0
     for seed in range(8):
@@ -122,7 +127,7 @@ def test_windows_and_boxes_follow_the_rule_of_the_crop(
 ):
     """`RandomObjectCoverageCrop`'s rule, one image at a time and in pixels of the image."""
     augmentation = BatchAugmentation(
-        preprocess=PREPROCESS[kind], zoom_out=zoom_out, horizontal_flip=0.0, crop_areas=areas
+        Augmentation(zoom_out=zoom_out, horizontal_flip=0.0, crop_areas=areas), PREPROCESS[kind]
     )
     outcomes = {"whole": 0, "dropped": 0, "kept": 0, "without": 0}
     # Each pixel tells where it came from: red is the column, green the row.
@@ -191,7 +196,7 @@ def share(window: list[float], box: list[float]) -> float:
 
 def test_windows_stay_in_bounds():
     """As in TensorFlow's crop, but for whole pixels."""
-    augmentation = BatchAugmentation(preprocess=PREPROCESS["stretch"])
+    augmentation = BatchAugmentation(Augmentation(), PREPROCESS["stretch"])
     height, width = 60, 80
     draws = torch.rand(1, 4 * 20_000, generator=torch.Generator().manual_seed(0))
     windows, fit = augmentation.draw_windows(
@@ -211,7 +216,7 @@ def test_windows_stay_in_bounds():
 
 @pytest.mark.parametrize("kind", PREPROCESS)
 def test_nothing_happens_to_what_is_not_augmented(kind: str):
-    augmentation = BatchAugmentation(preprocess=PREPROCESS[kind], **OFF)
+    augmentation = BatchAugmentation(Augmentation(**OFF), PREPROCESS[kind])
     images, targets, sizes, draws = make_batch(augmentation)
     same, kept = augmentation(images, targets, sizes, draws)
     torch.testing.assert_close(same, images.float(), atol=0.01, rtol=0)
@@ -223,7 +228,7 @@ def test_nothing_happens_to_what_is_not_augmented(kind: str):
 def test_shrinking_passes_over_no_pixel(resize_factor: float):
     """Noise shrinks to the means of its cells: every pixel has its share."""
     augmentation = BatchAugmentation(
-        preprocess=PREPROCESS["stretch"], resize_factor=resize_factor, **OFF
+        Augmentation(on_device=resize_factor, **OFF), PREPROCESS["stretch"]
     )
     generator = torch.Generator().manual_seed(0)
     side = augmentation.loaded.input_size
@@ -237,11 +242,8 @@ def test_shrinking_passes_over_no_pixel(resize_factor: float):
 
 def test_batched_equals_single():
     augmentation = BatchAugmentation(
-        preprocess=PREPROCESS["letterbox"],
-        resize_factor=1.5,
-        vertical_flip=0.5,
-        photometric=0.5,
-        zoom_out=0.5,
+        Augmentation(on_device=1.5, vertical_flip=0.5, photometric=0.5, zoom_out=0.5),
+        PREPROCESS["letterbox"],
     )
     batch = make_batch(augmentation, 3)
     images, targets = augmentation(*batch)
@@ -260,7 +262,7 @@ def test_batched_equals_single():
 
 @pytest.mark.parametrize(("name", "place"), [("horizontal_flip", 6), ("vertical_flip", 7)])
 def test_a_flip_is_as_often_as_said(name: str, place: int):
-    augmentation = BatchAugmentation(preprocess=PREPROCESS["stretch"], **OFF | {name: 0.3})
+    augmentation = BatchAugmentation(Augmentation(**OFF | {name: 0.3}), PREPROCESS["stretch"])
     images, targets, sizes, draws = make_batch(augmentation)
     draws[:, place] = torch.tensor([0.2999, 0.3, 0.0, 0.9])
     flipped, _ = augmentation(images, targets, sizes, draws)
@@ -270,7 +272,9 @@ def test_a_flip_is_as_often_as_said(name: str, place: int):
 
 
 def test_colours_are_torchvisions():
-    augmentation = BatchAugmentation(preprocess=PREPROCESS["stretch"], **OFF | {"photometric": 0.5})
+    augmentation = BatchAugmentation(
+        Augmentation(**OFF | {"photometric": 0.5}), PREPROCESS["stretch"]
+    )
     generator = torch.Generator().manual_seed(0)
     # So far from the ends of the scale that nothing is cut off.
     shape = (4, 3, SIZE, SIZE)
@@ -297,7 +301,9 @@ def test_colours_are_torchvisions():
 
 
 def test_colours_stay_on_the_scale():
-    augmentation = BatchAugmentation(preprocess=PREPROCESS["stretch"], **OFF | {"photometric": 1.0})
+    augmentation = BatchAugmentation(
+        Augmentation(**OFF | {"photometric": 1.0}), PREPROCESS["stretch"]
+    )
     images, *rest = make_batch(augmentation)
     distorted, _ = augmentation(images, *rest)
     assert distorted.min() >= 0 and distorted.max() <= 255
@@ -305,7 +311,7 @@ def test_colours_stay_on_the_scale():
 
 
 def test_max_boxes():
-    augmentation = BatchAugmentation(preprocess=PREPROCESS["stretch"], max_boxes=2, **OFF)
+    augmentation = BatchAugmentation(Augmentation(max_boxes=2, **OFF), PREPROCESS["stretch"])
     images, targets, *rest = make_batch(augmentation)
     # The first boxes fall out: those after them count.
     targets.boxes[0, 0] = torch.tensor([10.0, 10, 10, 30])
@@ -320,7 +326,7 @@ def test_max_boxes():
 
 def test_a_box_too_thin_for_the_numbers_is_dropped():
     augmentation = BatchAugmentation(
-        preprocess=PREPROCESS["stretch"], **OFF | {"horizontal_flip": 1.0}
+        Augmentation(**OFF | {"horizontal_flip": 1.0}), PREPROCESS["stretch"]
     )
     images, targets, *rest = make_batch(augmentation)
     targets.boxes[0, :2] = torch.tensor([[0.0, 10, 1e-20, 30], [0, 10, 1e-3, 30]])
@@ -329,20 +335,15 @@ def test_a_box_too_thin_for_the_numbers_is_dropped():
 
 
 def test_a_batch_without_any_box():
-    augmentation = BatchAugmentation(preprocess=PREPROCESS["letterbox"], zoom_out=0.5)
+    augmentation = BatchAugmentation(Augmentation(zoom_out=0.5), PREPROCESS["letterbox"])
     for seed in range(5):
         images, targets = augmentation(*make_batch(augmentation, seed, max_colours=0))
         assert images.isfinite().all() and not targets.valid.any() and not targets.boxes.any()
 
 
-def test_a_factor_below_one():
-    with pytest.raises(UserError, match=r"augmentation\.on_device=0\.5"):
-        BatchAugmentation(preprocess=PREPROCESS["stretch"], resize_factor=0.5)
-
-
 @pytest.mark.parametrize("size", [64, 144])
 def test_resizing_moves_boxes_with_pixels(size: int):
-    augmentation = BatchAugmentation(preprocess=PREPROCESS["letterbox"])
+    augmentation = BatchAugmentation(Augmentation(), PREPROCESS["letterbox"])
     images, targets, *_ = make_batch(augmentation)
     resized, moved = resize_batch(images, targets, size)
     assert resized.shape == (4, 3, size, size) and resized.dtype == torch.float32

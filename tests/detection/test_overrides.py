@@ -19,6 +19,7 @@ from detection.overrides import check_overrides, lay_over
         ("lr=0.1", "optimizer.lr"),
         ("modle=x", "did you mean model"),
         ("experiment=bcd", "did you mean bccd"),
+        ("experiment=[bccd,bcd]", "experiment=bcd: there is no such experiment"),
         ("model=ssd300_mobilenet", "did you mean ssd300_mobilenet_v1"),
         ("data=cocoo", "did you mean coco"),
         ("logger=wandbb", "did you mean wandb"),
@@ -139,6 +140,7 @@ def test_only_what_overrides_name_is_laid_over():
     )
     composed = OmegaConf.merge(saved, {"model": {"a": 2}, "trainer": {"s": 5, "t": 7}})
     assert lay_over(saved, composed, ["trainer.s=5"]).trainer == {"s": 5, "t": 1}  # pyright: ignore
+    assert lay_over(saved, composed, ["hydra.verbose=true"]) == saved  # pyright: ignore
     with pytest.raises(UserError, match="cannot change model"):
         lay_over(saved, composed, ["model.a=2"])  # pyright: ignore
 

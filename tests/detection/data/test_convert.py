@@ -100,6 +100,12 @@ def test_voc(voc: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert len(index) == 3 and index.describe() == []
 
 
+def test_voc_files_need_not_name_their_image(voc: list[str], tmp_path: Path) -> None:
+    for file, text in (("a", ""), ("b", "<filename>/</filename>")):
+        (tmp_path / "xml" / f"{file}.xml").write_text(f"<annotation>{text}</annotation>")
+    assert list(flatten(convert(tmp_path, *voc))) == ["a.jpg", "b.png", "sub/c.jpg"]
+
+
 def test_yolo(yolo: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = flatten(convert(tmp_path, *yolo))
     assert list(found) == ["a.jpg", "b.png", "train/c.jpg"]

@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
+from detection.augmentation import Augmentation
 from detection.data.coco import CocoIndex
 from detection.data.dataset import DetectionDataset, Sample, collate, find_shorter_side
 from detection.data.mixing import Mixing
@@ -54,7 +55,9 @@ def make_dataset(
     index: CocoIndex, *, seed: int = 0, training: bool = True, **options: Any
 ) -> DetectionDataset:
     transform = (
-        TrainTransform(resize=resize, vertical_flip=0.5, photometric=0.5, zoom_out=0.3)
+        TrainTransform(
+            Augmentation(vertical_flip=0.5, photometric=0.5, zoom_out=0.3), resize=resize
+        )
         if training
         else EvalTransform(resize=resize)
     )
@@ -244,7 +247,7 @@ def test_boxes_stay_on_their_objects_in_shrunk_images(
 
 def test_images_that_are_small_enough_are_left_alone(tmp_path: Path):
     index = make_index(tmp_path)
-    transform = TrainTransform(resize=resize)
+    transform = TrainTransform(Augmentation(), resize=resize)
     for shorter_side in (30, 45):
         shrunk = DetectionDataset(
             index, transform, seed=0, training=True, shorter_side=shorter_side

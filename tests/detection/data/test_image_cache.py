@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from detection.augmentation import Augmentation
 from detection.data import image_cache
 from detection.data.coco import CocoIndex
 from detection.data.dataset import DetectionDataset, Sample, collate
@@ -76,7 +77,7 @@ class Setting:
         resize = Preprocess(input_size=24).resize
         return DetectionDataset(
             self.index,
-            TrainTransform(resize=resize, photometric=0.5, zoom_out=0.3),
+            TrainTransform(Augmentation(photometric=0.5, zoom_out=0.3), resize=resize),
             seed=0,
             training=True,
             shorter_side=self.shorter_side,

@@ -8,9 +8,9 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
+from detection.augmentation import Augmentation
 from detection.data.mixing import MIN_COVERAGE, Mixing, blend, make_mosaic
 from detection.data.transforms import FILL, Example, TrainTransform, wrap_boxes
-from detection.errors import UserError
 
 SIDE = 96
 # Far from each other, from the background and from the canvas, also after resizing.
@@ -157,7 +157,7 @@ def load(seed: int, **options: Any) -> tuple[Example, list[int]]:
         return examples[i]
 
     torch.manual_seed(seed)
-    transform = TrainTransform(resize=resize, crop="none", horizontal_flip=0.0)
+    transform = TrainTransform(Augmentation(crop="none", horizontal_flip=0.0), resize=resize)
     item = Mixing(side=SIDE, **options).load(2, 4, read_example, transform)
     return item, read
 
@@ -198,9 +198,3 @@ def test_max_boxes_of_a_blend():
     for max_boxes, count in ((3, 3), (None, 4)):
         (_, boxes, labels), _ = load(1, mixup=1.0, max_boxes=max_boxes)
         assert len(boxes) == len(labels) == count and labels[:2].tolist() == [4, 5]
-
-
-@pytest.mark.parametrize("name", ["mosaic", "mixup"])
-def test_wrong_probabilities(name: str):
-    with pytest.raises(UserError, match=rf"augmentation\.{name}=1\.2"):
-        Mixing(side=8, **{name: 1.2})

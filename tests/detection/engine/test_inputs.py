@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from detection.augmentation import Augmentation
 from detection.data.coco import CocoIndex
 from detection.data.dataset import collate
 from detection.data.sources import load_split, shapes
@@ -36,14 +37,14 @@ def index(shapes_root: Path) -> CocoIndex:
 
 
 def make_inputs(index: CocoIndex, **options: Any) -> TrainingInputs:
-    return TrainingInputs(index, Preprocess(input_size=64), seed=0, **options)
+    return TrainingInputs(index, Preprocess(input_size=64), Augmentation(**options), seed=0)
 
 
 @pytest.mark.parametrize("on_device", [None, 1.5])
 def test_the_loader_holds_nothing_of_the_device(index: CocoIndex, on_device: float | None):
     preprocess = Preprocess(input_size=64)
-    inputs = TrainingInputs(index, preprocess, seed=0, on_device=on_device)
-    for module in filter(None, (preprocess, inputs.augmentation)):
+    inputs = TrainingInputs(index, preprocess, Augmentation(on_device=on_device), seed=0)
+    for module in filter(None, (preprocess, inputs.on_device)):
         module.to("meta")
     sent = pickle.dumps(inputs.dataset)
     assert b"_rebuild_tensor" in sent and b"_rebuild_meta_tensor" not in sent
@@ -122,7 +123,7 @@ def test_sizes_are_drawn_evenly_and_from_seed_and_step(index: CocoIndex):
 
 def test_without_options_a_batch_is_as_loaded(index: CocoIndex):
     inputs = make_inputs(index)
-    assert isinstance(inputs.dataset.transform, TrainTransform) and inputs.augmentation is None
+    assert isinstance(inputs.dataset.transform, TrainTransform) and inputs.on_device is None
     batch = collate([inputs.dataset[0, i] for i in range(4)])
     assert batch.draws is None
     images, targets = inputs.to_device(batch, 7, CPU)
@@ -151,26 +152,7 @@ def test_on_the_device_the_loader_only_resizes(index: CocoIndex):
     turned, _ = inputs.to_device(collate(samples[::-1]), 5, CPU)
     torch.testing.assert_close(turned.flip(0), images, atol=1e-3, rtol=0)
     # Boxes are counted after the crop.
-    assert inputs.augmentation is not None and inputs.augmentation.max_boxes == 100
     assert inputs.dataset.mixing.max_boxes is None
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"multi_scale": [64, 48, 16]}, r"augmentation\.multi_scale=\[64, 48, 16\]"),
-        ({"multi_scale": [64, 96]}, r"it is null, or \[least,most,step\]"),
-        ({"multi_scale": [64, 96.5, 8]}, "whole pixels"),
-        ({"multi_scale": [64, 96, 0]}, "its step is at least 1"),
-        ({"on_device": 0.5}, r"augmentation\.on_device=0\.5"),
-        ({"on_device": 1.0, "photometric": 2.0}, r"augmentation\.photometric=2\.0"),
-        ({"mosaic": -1}, r"augmentation\.mosaic=-1"),
-    ],
-)
-def test_wrong_settings(index: CocoIndex, options: dict[str, Any], words: str):
-    with pytest.raises(UserError, match=words) as info:
-        make_inputs(index, **options)
-    assert "\n" not in str(info.value)
 
 
 def test_a_backbone_that_cannot_take_a_size(run: Callable[..., Path], tmp_path: Path):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from detection.build import build
 from detection.checkpoint import load_checkpoint
-from detection.config import plain, split_data
+from detection.config import data_source, plain
 from detection.data.sources import load_split
 from detection.engine import loggers
 from detection.errors import UserError
@@ -52,7 +52,7 @@ def test_the_picture_shows_the_detections(
     folder = run("trainer.steps=2", "logger=tensorboard", threshold)
     (event,) = EventAccumulator(str(folder / "tensorboard")).Reload().Images("detections")
     data = plain(compose_config("train", tiny_data))["data"]
-    index = load_split(build(split_data(data)[0]).val)
+    index = load_split(build(data_source(data)).val)
     results = json.loads((folder / "detections.json").read_text())
 
     def draw(results: list[Any]) -> Image.Image:
