@@ -211,7 +211,7 @@ def _show_routing(
         return []
     batches = load_batches(detector, index, spread(len(index), num_images))
     try:
-        routing = collect_routing(detector, batches, [own.name for own in index.categories])
+        routing = collect_routing(detector, batches, index.names)
     except UserError:
         return []
     return routing_sections(routing)

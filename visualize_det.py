@@ -157,7 +157,7 @@ def _draw_split(detector: Detector, index: CocoIndex, content: dict[str, Any]) -
 
     from detection.data.sampler import spread
     from detection.engine.run_folder import LOGGER
-    from detection.images import UnreadableImage, load_annotated_image
+    from detection.images import UnreadableImage
     from detection.visualization.gallery import side_by_side
     from detection.visualization.media import write_picture
 
@@ -168,7 +168,7 @@ def _draw_split(detector: Detector, index: CocoIndex, content: dict[str, Any]) -
     chosen = spread(len(index), content["max_images"] or len(index))
     for i in track(chosen, description="detecting"):
         try:
-            image = load_annotated_image(index.images_dir / index.file_names[i], index.sizes[i])
+            image = index.load_image(i)
         except UnreadableImage as error:
             LOGGER.warning("cannot read %s: %s", index.file_names[i], error)
             continue
@@ -209,8 +209,7 @@ def _draw_routing(detector: Detector, index: CocoIndex, content: dict[str, Any])
         batch_size=content["batch_size"],
         unreadable=unreadable,
     )
-    names = [category.name for category in index.categories]
-    routing = collect_routing(detector, batches, names)
+    routing = collect_routing(detector, batches, index.names)
     written = write_routing(routing, content["output"])
     for line in [*(f"cannot read {name}" for name in unreadable), *find_collapse(routing)]:
         LOGGER.warning(line)

@@ -11,6 +11,8 @@ from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from condconv.modes import keep_modes
+
 
 class ModuleCost(NamedTuple):
     """What one module costs by itself, the modules inside it left out.
@@ -39,7 +41,6 @@ def cost_table(module: nn.Module, *inputs: Any) -> list[ModuleCost]:
     the meta device nothing is computed.
     """
     names = {child: name for name, child in module.named_modules()}
-    training = {child: child.training for child in names}
     multiply_adds: Counter[str] = Counter()
     running = [""]  # what runs outside of every module would count for the network
     counted = 0
@@ -64,20 +65,19 @@ def cost_table(module: nn.Module, *inputs: Any) -> list[ModuleCost]:
     # On a CPU, the kernels that compute attention in one are unknown to the counter.
     fastpath = mha.get_fastpath_enabled()
     mha.set_fastpath_enabled(False)
-    module.eval()
     try:
         with (
+            keep_modes(names),
             torch.no_grad(),
             sdpa_kernel(SDPBackend.MATH),
             FlopCounterMode(display=False) as counter,
         ):
+            module.eval()
             module(*inputs)
     finally:
         mha.set_fastpath_enabled(fastpath)
         for handle in handles:
             handle.remove()
-        for child, flag in training.items():
-            child.training = flag
 
     parameters: Counter[str] = Counter()
     for name, parameter in module.named_parameters():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from condconv.layers import CondConv2d, RoutedCondConv2d, Router
+from condconv.modes import keep_modes
 
 # Those that tell no number of channels, and give another one than they take.
 CHANGES_CHANNELS = (
@@ -151,20 +152,18 @@ def _trace(block: SharedRouting, layers: Set[nn.Module]) -> dict[bool, fx.Graph]
         for child in block.modules()
         if child not in layers and not layers.isdisjoint(child.modules())
     }
-    modes = {child: child.training for child in opened}
     graphs = {}
     modules: Any = block._modules
     if isinstance(block, nn.Sequential):  # it calls all that it holds, and would call its router
         block._modules = {name: child for name, child in modules.items() if name != "router"}
     try:
-        for training in (True, False):
-            for child in opened:
-                child.training = training
-            graphs[training] = _Tracer(opened).trace(block)
+        with keep_modes(opened):
+            for training in (True, False):
+                for child in opened:
+                    child.training = training
+                graphs[training] = _Tracer(opened).trace(block)
     finally:
         block._modules = modules
-        for child, mode in modes.items():
-            child.training = mode
     return graphs
 
 

@@ -17,6 +17,7 @@ from condconv.convert import replace_modules
 from condconv.diagnostics import RoutingSummary, capture_routing, summarize_routing
 from condconv.geometry import pad_input
 from condconv.layers import CondConv2d, RoutedCondConv2d, Router
+from condconv.modes import keep_modes
 from condconv.shared_routing import SharedRouting
 
 
@@ -84,14 +85,7 @@ def specialize(network: nn.Module, batches: Iterable[Tensor]) -> dict[str, Routi
     if not layers or network in layers:
         raise ValueError(f"there is no CondConv layer below {type(network).__name__}")
     seen: dict[CondConv2d, list[Tensor]] = {layer: [] for layer in layers}
-    modes = {child: child.training for child in network.modules()}
-
-    def restore_modes() -> None:
-        for child, mode in modes.items():
-            child.training = mode
-
-    with ExitStack() as hooks, capture_routing(network) as routing:
-        hooks.callback(restore_modes)
+    with ExitStack() as hooks, keep_modes(network.modules()), capture_routing(network) as routing:
         for layer in layers:
 
             def take_argument(

@@ -41,14 +41,13 @@ def draw_row(
     inputs = TrainingInputs(
         index, Preprocess(input_size=INPUT_SIZE), Augmentation(**options), seed=SEED
     )
-    names = [category.name for category in index.categories]
     pictures, captions = [], []
     for step in range(count):
         batch = collate([inputs.dataset[0, step]])
         (image,), targets = inputs.to_device(batch, step, torch.device("cpu"))
         boxes, labels, valid = (field[0] for field in targets)
         drawn = draw_boxes(
-            image.round().byte(), boxes[valid], labels[valid], names=names, min_size=320
+            image.round().byte(), boxes[valid], labels[valid], names=index.names, min_size=320
         )
         side = CELL * image.shape[-1] // max(inputs.input_sizes)
         cell = Image.new("RGB", (CELL, CELL), BACKGROUND)

@@ -31,7 +31,7 @@ from detection.data.coco import CocoIndex, check_same_categories
 from detection.data.coco_json import CocoReader
 from detection.errors import UserError
 from detection.files import write_json
-from detection.images import MismatchedSize, UnreadableImage, load_annotated_image
+from detection.images import MismatchedSize, UnreadableImage
 
 T = TypeVar("T")
 
@@ -217,13 +217,12 @@ def _gather(kind: str, cases: Iterable[str]) -> Iterator[Fault]:
 
 def _inspect(index: CocoIndex, i: int) -> tuple[str, str] | None:
     name = index.file_names[i]
-    path = index.images_dir / name
     try:
-        load_annotated_image(path, index.sizes[i])
+        index.load_image(i)
     except MismatchedSize as error:
         return "images of another size than stated", f"{name}: {error}"
     except UnreadableImage as error:
-        if not os.path.lexists(path):
+        if not os.path.lexists(index.image_path(i)):
             return "images that are missing", name
         return "images that cannot be read", f"{name}: {error}"
     return None
@@ -231,7 +230,7 @@ def _inspect(index: CocoIndex, i: int) -> tuple[str, str] | None:
 
 def _digest(index: CocoIndex, i: int) -> bytes:
     """Of the file's content; of the name where it cannot be read, which `_inspect` tells."""
-    path = index.images_dir / index.file_names[i]
+    path = index.image_path(i)
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "blake2b").digest()

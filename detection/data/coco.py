@@ -8,12 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from detection.data.coco_json import UNSTATED_SIZES, CocoReader, check_files
 from detection.data.columns import Column, Texts
 from detection.data.index_cache import IndexCache
 from detection.errors import UserError
+from detection.images import load_annotated_image
 from detection.structures import Category
 
 
@@ -73,6 +75,23 @@ class CocoIndex:
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    @property
+    def names(self) -> list[str]:
+        """The class names by label."""
+        return [category.name for category in self.categories]
+
+    def image_path(self, i: int) -> Path:
+        """The file of image `i`."""
+        return self.images_dir / self.file_names[i]
+
+    def load_image(self, i: int, *, least_side: int | None = None) -> Image.Image:
+        """Image `i`, as `load_annotated_image` gives it.
+
+        Raises:
+            UnreadableImage: with the reason.
+        """
+        return load_annotated_image(self.image_path(i), self.sizes[i], least_side=least_side)
 
     def boxes(self, i: int) -> Tensor:
         """(N, 4) float32 xyxy in pixels of image `i`, clipped to it, without crowds."""

@@ -23,7 +23,7 @@ from detection.data.mixing import Mixing
 from detection.data.sampler import derive_seed
 from detection.data.transforms import Example
 from detection.errors import UserError
-from detection.images import UnreadableImage, load_annotated_image, shrink_size
+from detection.images import UnreadableImage, shrink_size
 from detection.structures import Targets
 
 Transform = Callable[[tv_tensors.Image, tv_tensors.BoundingBoxes, Tensor], Example]
@@ -174,12 +174,11 @@ class DetectionDataset(Dataset[Sample]):
             i = (first + shift) % len(self)
             boxes, labels = self.index.boxes(i), self.index.labels(i)
             stated, size = self.index.sizes[i], shrink_size(self.index.sizes[i], self.shorter_side)
-            file_name = self.index.file_names[i]
             try:
-                image = self._pixels(i, self.index.images_dir / file_name)
+                image = self._pixels(i)
             except UnreadableImage as error:
-                self._check_folder((self.index.images_dir / file_name).parent)
-                unreadable.append(f"{file_name}: {error}")
+                self._check_folder(self.index.image_path(i).parent)
+                unreadable.append(f"{self.index.file_names[i]}: {error}")
                 if self.training:
                     continue
                 image = torch.zeros(3, *size, dtype=torch.uint8)
@@ -200,18 +199,18 @@ class DetectionDataset(Dataset[Sample]):
             f"(first: {unreadable[0]})"
         )
 
-    def _pixels(self, i: int, path: Path) -> Tensor:
+    def _pixels(self, i: int) -> Tensor:
         """Image `i`, (3, H, W) uint8, decoded and shrunk, or from the cache."""
 
         def decode() -> Tensor:
             stated = self.index.sizes[i]
             size = shrink_size(stated, self.shorter_side)
-            image = F.pil_to_tensor(
-                load_annotated_image(path, stated, least_side=self.shorter_side)
-            )
+            image = F.pil_to_tensor(self.index.load_image(i, least_side=self.shorter_side))
             return image if size == stated else F.resize(image, list(size), antialias=True)
 
-        return decode() if self.cache is None else self.cache.load(i, path, decode)
+        if self.cache is None:
+            return decode()
+        return self.cache.load(i, self.index.image_path(i), decode)
 
     def _check_folder(self, folder: Path) -> None:
         """A folder that goes away, or a mount that leaves it empty, is no case of broken images."""

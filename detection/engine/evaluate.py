@@ -20,7 +20,7 @@ from detection.engine.run_folder import LOGGER
 from detection.engine.stop import start_loader
 from detection.errors import UserError
 from detection.evaluation.coco import CocoEvaluator, coco_results
-from detection.images import UnreadableImage, load_annotated_image
+from detection.images import UnreadableImage
 from detection.onnx_detector import OnnxDetector
 from detection.structures import Category
 
@@ -140,9 +140,8 @@ def evaluate_exported(
     for start in range(0, len(index), batch_size):
         images, image_ids = [], []
         for i in range(start, min(start + batch_size, len(index))):
-            path = index.images_dir / index.file_names[i]
             try:
-                images.append(load_annotated_image(path, index.sizes[i]))
+                images.append(index.load_image(i))
                 image_ids.append(index.image_ids[i])
             except UnreadableImage as error:
                 unreadable.append(f"{index.file_names[i]}: {error}")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from condconv.modes import keep_modes
 from detection.errors import first_line
 
 
@@ -59,9 +60,8 @@ class AnchorNetwork(nn.Module):
             ValueError: where the network cannot take that size.
         """
         image = next(self.parameters()).new_zeros(1, 3, input_size, input_size)
-        modes = {module: module.training for module in self.modules()}
         try:
-            with torch.no_grad():
+            with keep_modes(self.modules()), torch.no_grad():
                 levels = self.eval().extract_levels(image)
         # The layers of any backbone, which answer a size they cannot take in their own way.
         except Exception as error:
@@ -69,9 +69,6 @@ class AnchorNetwork(nn.Module):
             raise ValueError(
                 f"the backbone cannot take images of {input_size} x {input_size}: {reason}"
             ) from error
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         return [(level.shape[1], level.shape[2], level.shape[3]) for level in levels]
 
     def set_anchors(self, levels: Sequence[tuple[int, int, int]]) -> None:

@@ -24,7 +24,7 @@ from detection.evaluation.coco import METRIC_NAMES
 from detection.evaluation.comparison import compare
 from detection.evaluation.errors import KINDS
 from detection.files import whole_file
-from detection.images import UnreadableImage, load_annotated_image
+from detection.images import UnreadableImage
 
 MAX_IMAGE_BYTES = 18 * 2**20  # of all JPEGs together; base64 adds a third
 # Longer side and quality, tried in turn until a picture keeps within its share.
@@ -300,7 +300,7 @@ def _split_by_image(analysis: Analysis) -> tuple[list[np.ndarray], list[np.ndarr
 
 def _encode_image(index: CocoIndex, i: int, max_bytes: int) -> str | None:
     try:
-        image = load_annotated_image(index.images_dir / index.file_names[i], index.sizes[i])
+        image = index.load_image(i)
     except UnreadableImage:
         return None
     content = b""

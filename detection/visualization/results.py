@@ -13,7 +13,7 @@ from PIL import Image
 
 from detection.data.coco import CocoIndex
 from detection.data.sampler import spread
-from detection.images import UnreadableImage, load_annotated_image
+from detection.images import UnreadableImage
 from detection.structures import ImageDetections
 from detection.visualization.gallery import contact_sheet, side_by_side
 from detection.visualization.media import write_picture
@@ -40,7 +40,7 @@ def draw_pairs(
     pictures = {}
     for i in spread(len(index), num_pictures):
         try:
-            image = load_annotated_image(index.images_dir / index.file_names[i], index.sizes[i])
+            image = index.load_image(i)
         except UnreadableImage:
             continue
         pictures[index.image_ids[i]] = side_by_side(
@@ -48,7 +48,7 @@ def draw_pairs(
             index.boxes(i),
             index.labels(i),
             _to_detections(by_image[index.image_ids[i]], labels),
-            names=[category.name for category in index.categories],
+            names=index.names,
             score_threshold=score_threshold,
         )
     return pictures

@@ -134,12 +134,11 @@ def test_a_kept_image_lies_in_memory_as_a_decoded_one(tmp_path: Path, shorter_si
     """Or operations on it would be slower; and writing into it changes no other's."""
     setting = Setting(tmp_path, shorter_side)
     dataset = setting.dataset(setting.open())
-    path = setting.index.images_dir / setting.index.file_names[1]
-    first, second, third = (dataset._pixels(1, path) for _ in range(3))
+    first, second, third = (dataset._pixels(1) for _ in range(3))
     assert first.equal(second) and first.stride() == second.stride()
     assert first.dtype == torch.uint8
     second.zero_()
-    assert first.equal(third) and dataset._pixels(1, path).equal(first)
+    assert first.equal(third) and dataset._pixels(1).equal(first)
 
 
 @pytest.mark.parametrize(
@@ -231,8 +230,8 @@ def test_an_image_that_is_written_anew_amid_reading(
 
     with monkeypatch.context() as patch:
         patch.setattr(ImageCache, "_read_pixels", read_amid_writing)
-        found = dataset._pixels(3, path)
-    assert found.equal(setting.dataset(None)._pixels(3, path))
+        found = dataset._pixels(3)
+    assert found.equal(setting.dataset(None)._pixels(3))
 
 
 def test_a_change_of_size_or_time_alone_is_enough(setting: Setting, decoded: list[str]):

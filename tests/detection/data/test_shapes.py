@@ -12,7 +12,6 @@ import pytest
 from detection.data.coco import CocoIndex
 from detection.data.shapes import CLASSES, Recipe, draw_image, provide
 from detection.errors import UserError
-from detection.images import load_annotated_image
 
 RECIPE = Recipe(num_train=6, num_val=3)
 
@@ -40,7 +39,7 @@ def test_set_reads_as_coco(folder: Path):
         assert len(index) == num_images and index.describe() == []
         assert [category.name for category in index.categories] == list(CLASSES)
         for i in range(num_images):
-            load_annotated_image(index.images_dir / index.file_names[i], index.sizes[i])
+            index.load_image(i)
 
 
 def test_set_is_the_same_everywhere_and_drawn_once(folder: Path, tmp_path: Path):

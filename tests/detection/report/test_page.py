@@ -149,7 +149,7 @@ def test_two_hundred_pictures_stay_small(index: CocoIndex, monkeypatch: pytest.M
     """Noise, which JPEG hardly shrinks, in pictures of a photograph's size."""
     noise = np.random.default_rng(0).integers(0, 256, (960, 1280, 3), dtype=np.uint8)
     picture = Image.fromarray(noise)
-    monkeypatch.setattr(page_module, "load_annotated_image", lambda *_: picture)
+    monkeypatch.setattr(CocoIndex, "load_image", lambda *_: picture)
     source = page_module._encode_image(index, 0, page_module.MAX_IMAGE_BYTES // 200)
     assert source and 200 * len(source) < 26 * 2**20
 
