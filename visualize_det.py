@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detection.cli import run_script
-from detection.config import data_source, find_data, plain
+from detection.config import find_data, plain
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -40,7 +40,7 @@ def visualize(config: DictConfig) -> list[Path]:
 
     from detection.build import build
     from detection.checkpoint import load_checkpoint, load_model, read_categories
-    from detection.data.sources import find_split, load_split
+    from detection.data.sources import data_source, find_split, load_split
     from detection.detector import Detector
     from detection.engine.memory import keep_freed_memory
     from detection.engine.processes import choose_device

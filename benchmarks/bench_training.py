@@ -47,10 +47,10 @@ from torchvision.transforms import v2
 from detection.augmentation import Augmentation
 from detection.build import ModelParts, build, build_model
 from detection.cli import fail
-from detection.config import config_dir, data_source, plain
+from detection.config import config_dir, plain
 from detection.data.coco import CocoIndex
 from detection.data.dataset import find_shorter_side
-from detection.data.sources import load_split
+from detection.data.sources import data_source, load_split
 from detection.engine.inputs import TrainingInputs
 from detection.engine.memory import keep_freed_memory
 from detection.engine.optimization import average_weights, build_optimizer

@@ -32,10 +32,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from detection.augmentation import Augmentation
 from detection.build import ModelParts, build, build_model
-from detection.config import config_dir, data_source, plain
+from detection.config import config_dir, plain
 from detection.data.dataset import Batch, find_shorter_side
 from detection.data.index_cache import SETTLING_SECONDS
-from detection.data.sources import load_split
+from detection.data.sources import data_source, load_split
 from detection.detector import Detector
 from detection.engine.inputs import TrainingInputs
 from detection.engine.optimization import build_optimizer

@@ -33,11 +33,6 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def data_source(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The `data` section without what is only of training."""
-    return {key: value for key, value in config.items() if key not in ("augmentation", "shrink")}
-
-
 def find_model(config: Mapping[str, Any]) -> dict[str, Any]:
     """The `model` section; without a network it is laid over that of its checkpoint.
 
@@ -83,6 +78,7 @@ def find_data(config: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[
         )
     # Here and not above: torch takes seconds to import.
     from detection.build import DATA_TARGETS, check_targets
+    from detection.data.sources import data_source
 
     check_targets(data_source(data), DATA_TARGETS, "checkpoint's data")
     return data

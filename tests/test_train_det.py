@@ -146,7 +146,7 @@ def test_memory_is_kept_where_asked(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, wish: bool
 ):
     asked: list[bool] = []
-    monkeypatch.setattr("detection.engine.memory.keep_freed_memory", lambda: asked.append(True))
+    monkeypatch.setattr("detection.engine.run.keep_freed_memory", lambda: asked.append(True))
     run("trainer.steps=1", f"trainer.keep_memory={str(wish).lower()}")
     assert asked == [True] * wish
 

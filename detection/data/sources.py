@@ -92,6 +92,11 @@ def find_split(splits: Splits, name: str) -> SplitFiles | None:
     return getattr(splits, name)
 
 
+def data_source(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `data` section without what is only of training."""
+    return {key: value for key, value in config.items() if key not in ("augmentation", "shrink")}
+
+
 def load_split(files: SplitFiles | None) -> CocoIndex:
     """Reads the annotations of a split.
 

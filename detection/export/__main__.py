@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detection.cli import run_script
-from detection.config import data_source, find_data, plain
+from detection.config import find_data, plain
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +139,7 @@ class _Data:
 
     def __init__(self, config: dict[str, Any], preprocess: Any, num_samples: int) -> None:
         from detection.build import build
-        from detection.data.sources import load_split
+        from detection.data.sources import data_source, load_split
 
         splits = build(data_source(config))
         self.val = load_split(splits.val)

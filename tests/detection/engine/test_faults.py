@@ -150,7 +150,7 @@ def start(
 ) -> Iterator[Callable[..., Run]]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["train_det", "eval_det", "detection.engine.train", "detection.cli"]
+        ["train_det", "eval_det", "detection.engine.run", "detection.cli"]
     )
     started: list[ForkServerProcess] = []
 
@@ -299,7 +299,7 @@ def test_a_signal_in_the_start_ends_before_the_first_step(
     """To one process of two. What was begun goes on."""
     options = ["trainer.steps=2", "trainer.num_workers=1"]
     run = start(
-        *options, num_processes=num_processes, signal_at="detection.data.sources.load_split"
+        *options, num_processes=num_processes, signal_at="detection.engine.run.load_split"
     )
     assert run.wait() == [0] * num_processes, run.printed()
     assert run.printed().count(f"stopped at step 0; go on with: {LAUNCHERS[num_processes]}") == 1
@@ -311,7 +311,7 @@ def test_a_signal_in_the_start_ends_before_the_first_step(
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_signal_in_the_final_evaluation_ends_it(start: Callable[..., Run], num_processes: int):
-    place = "detection.evaluation.coco.metrics_table"
+    place = "detection.engine.run.metrics_table"
     run = start("trainer.steps=1", num_processes=num_processes, signal_at=place)
     assert run.wait() == [0] * num_processes, run.printed()
     assert run.printed().count(f"stopped at step 1; go on with: {LAUNCHERS[num_processes]}") == 1

@@ -15,8 +15,8 @@ from PIL import Image
 
 from detection.build import build
 from detection.checkpoint import load_checkpoint
-from detection.config import data_source, plain
-from detection.data.sources import load_split
+from detection.config import plain
+from detection.data.sources import data_source, load_split
 from detection.engine import loggers
 from detection.errors import UserError
 from detection.visualization.gallery import contact_sheet
