@@ -59,4 +59,5 @@ def write_json(value: Any, path: str | Path, *, indent: int | None = None) -> No
     content = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
-        partial.write_text(content, encoding="utf-8")
+        # Of a file name that is not UTF-8, JSON's own escapes: no encoding has its bytes.
+        partial.write_text(content, encoding="utf-8", errors="backslashreplace")

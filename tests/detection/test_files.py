@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from threading import Thread
@@ -16,6 +17,12 @@ def test_a_file_stays_as_it_was_where_writing_fails(tmp_path: Path):
         write_json({"AP": float("nan")}, path)
     assert path.read_text(encoding="utf-8") == '{"ä": [1, 2]}\n'
     assert os.listdir(path.parent) == ["a.json"]
+
+
+def test_a_file_name_that_is_not_utf_8(tmp_path: Path):
+    value = {"ä": os.fsdecode(b"\xff.jpg")}
+    write_json(value, tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == value
 
 
 def test_a_pipe_is_written_to(tmp_path: Path):
