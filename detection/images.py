@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,7 +30,7 @@ def open_images(images: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:
     """RGB pictures, of one or several paths, PIL images, or uint8 arrays (H, W, 3) or (H, W).
 
     Raises:
-        UserError: where one cannot be read, or is an array of another type.
+        UserError: where one cannot be read, or is an array of another type or shape.
     """
     if isinstance(images, (str, Path, Image.Image, np.ndarray)):
         return [_open_image(images)]
@@ -40,9 +41,14 @@ def _open_image(image: ImageLike) -> Image.Image:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
             raise UserError(f"an image array must be uint8, got {image.dtype}")
+        if image.ndim not in (2, 3) or image.shape[2:] not in ((), (2,), (3,), (4,)):
+            raise UserError(f"an image array must be (H, W, 3) or (H, W), got {image.shape}")
         image = Image.fromarray(image)
     try:
-        return _to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
+        if not isinstance(image, Image.Image):
+            return load_image(image)
+        with _one_error():
+            return _to_rgb(image)
     except UnreadableImage as error:
         raise UserError(f"cannot read {image}: {error}") from error
 
@@ -102,9 +108,15 @@ def shrink_size(size: tuple[int, int], shorter_side: int | None) -> tuple[int, i
 
 
 def _read(path: str | Path | BinaryIO, turn: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    with _one_error(), Image.open(path) as image:
+        return _to_rgb(turn(image))
+
+
+@contextmanager
+def _one_error() -> Iterator[None]:
+    """`UnreadableImage` for all that Pillow raises."""
     try:
-        with Image.open(path) as image:
-            return _to_rgb(turn(image))
+        yield
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
@@ -119,6 +131,8 @@ def _read(path: str | Path | BinaryIO, turn: Callable[[Image.Image], Image.Image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if 0 in image.size:
+        raise UnreadableImage("it has no pixels")
     if image.mode == "F":  # convert() would take 0 to 1 for black
         raise UnreadableImage("its pixels are floats of no known range: save it with whole numbers")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255

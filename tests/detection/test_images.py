@@ -99,6 +99,24 @@ def test_size_that_no_orientation_gives(turned: Path):
         load_annotated_image(turned, (6, 9))
 
 
+def test_pictures_in_memory_that_cannot_be_read(tmp_path: Path):
+    path = tmp_path / "a.bmp"
+    Image.new("RGB", (40, 30), RED).save(path)
+    path.write_bytes(path.read_bytes()[:1000])  # Pillow decodes, and finds out, when asked to
+    with pytest.raises(UserError, match=r"cannot read .* truncated"), Image.open(path) as cut:
+        open_images(cut)
+    with pytest.raises(UserError, match=r"cannot read .*: it has no pixels"):
+        open_images(Image.new("RGB", (0, 5)))
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 6, 1), (8, 6, 5), (3, 8, 60), (2, 8, 6, 3)])
+def test_arrays_of_other_shapes(shape: tuple[int, ...]):
+    with pytest.raises(UserError, match=r"must be \(H, W, 3\) or \(H, W\), got \("):
+        open_images(np.zeros(shape, np.uint8))
+    with pytest.raises(UserError, match="it has no pixels"):
+        open_images(np.zeros((0, 6, 3), np.uint8))
+
+
 def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "image.png"
     with pytest.raises(UnreadableImage, match="No such file"):
