@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condconv.autocast import disable_autocast
 from condconv.convert import replace_modules
 from condconv.diagnostics import RoutingSummary, capture_routing, summarize_routing
 from condconv.geometry import pad_input
@@ -38,9 +39,10 @@ class FixedConv2d(nn.Conv2d):
             )
         self.padding = layer.padding  # pyright: ignore[reportAttributeAccessIssue]
         kernels, weights = layer.kernels().detach(), routing_weights.to(layer.weight)
-        self.weight = nn.Parameter((weights @ kernels.flatten(1)).view_as(kernels[0]))
-        if layer.bias is not None:
-            self.bias = nn.Parameter(weights @ layer.bias.detach())
+        with disable_autocast(kernels):
+            self.weight = nn.Parameter((weights @ kernels.flatten(1)).view_as(kernels[0]))
+            if layer.bias is not None:
+                self.bias = nn.Parameter(weights @ layer.bias.detach())
         self.requires_grad_(layer.weight.requires_grad)
         self.train(layer.training)
 

@@ -134,6 +134,14 @@ def test_a_layer_that_runs_several_times_gets_the_mean_of_all() -> None:
     torch.testing.assert_close(network.layer.weight, expected)
 
 
+def test_under_autocast_parameters_keep_their_precision() -> None:
+    network, x = nn.Sequential(RoutedCondConv2d(3, 4, 1, num_experts=2)), images(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        specialize(network, [x])
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    assert network(x).dtype == torch.float32
+
+
 def test_mistakes_change_nothing() -> None:
     for network in (nn.Sequential(nn.Conv2d(3, 4, 1)), RoutedCondConv2d(3, 4, 1, num_experts=2)):
         with pytest.raises(ValueError, match="no CondConv layer below"):
