@@ -27,6 +27,9 @@ from detection.onnx_detector import ArrayDetections, OnnxDetector
 MAX_BYTES = 20 * 2**20  # of a request
 MAX_PIXELS = 50_000_000
 MAX_REQUESTS = 32  # at a time, each with a picture in memory
+# Not all that Pillow has: it decodes an ICO, of whatever size, as soon as it is opened, and an EPS
+# by running Ghostscript.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 class Batcher:
@@ -73,15 +76,16 @@ def read_image(content: bytes) -> Image.Image:
     """An upload as the picture it shows: RGB, upright.
 
     Raises:
-        HTTPException: 413 where it is too large, 415 where it is no image, 422 where it is damaged.
+        HTTPException: 413 where it is too large, 415 where it is none of `FORMATS`, 422 where it is
+            damaged.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             is_large = image.width * image.height > MAX_PIXELS
     except Image.DecompressionBombError:
         is_large = True
     except Exception as error:  # Pillow's readers answer in many ways
-        raise HTTPException(415, "the file is not an image that Pillow reads") from error
+        raise HTTPException(415, f"the file is not an image as {', '.join(FORMATS)}") from error
     if is_large:
         raise HTTPException(413, f"the image has more than {MAX_PIXELS / 1e6:.0f} million pixels")
     try:
