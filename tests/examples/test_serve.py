@@ -224,7 +224,7 @@ def test_a_real_detector(
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser(address: str, browser: Any, tmp_path: Path) -> None:
+def test_the_page_in_a_browser(address: str, browser: Any, finder: Finder, tmp_path: Path) -> None:
     from playwright.sync_api import expect
 
     (tmp_path / "red.png").write_bytes(encode())
@@ -244,6 +244,17 @@ def test_the_page_in_a_browser(address: str, browser: Any, tmp_path: Path) -> No
         expect(status).to_have_text(f"{text} detections shown")
     page.set_input_files("#file", tmp_path / "text.png")
     expect(status).to_contain_text("the file is not an image")
+    expect(status).to_have_class("error")
+    page.locator("#threshold").fill("0.5")
+    expect(status).to_have_text("1 of 2 detections shown")
+    expect(status).to_have_class("")
+    finder.fails = True
+    page.set_input_files("#file", tmp_path / "red.png")
+    expect(status).to_have_text("Internal Server Error")
+    finder.fails = False
+    page.set_input_files("#file", tmp_path / "red.png")  # once more
+    expect(status).to_have_text("1 of 2 detections shown")
+    page.locator("#threshold").fill("0.05")
     # Dropped instead of chosen.
     page.evaluate(
         """async bytes => {
