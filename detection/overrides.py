@@ -215,6 +215,8 @@ def _check_types(keys: Sequence[Override], defaults: DictConfig, composed: DictC
             wrong = default is not None and "." not in override.key_or_group
         elif isinstance(default, bool):
             wrong = not isinstance(value, bool)
+        elif isinstance(default, int) and isinstance(value, (bool, float)):
+            wrong, asked = "." not in override.key_or_group, "a whole number"
         else:
             wrong = isinstance(value, str) and isinstance(default, (int, float, ListConfig))
         if wrong:
