@@ -141,6 +141,23 @@ def test_resumed_equals_uninterrupted(
     assert steps == sorted(set(steps), key=lambda pair: (pair[1], pair[0] != "train"))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "rates"),
+    [
+        (["trainer.steps=4"], [1.0, 0.5, 0.5, (1 - 0.5**0.5) / 2]),
+        (["schedule=constant", "schedule.warmup_steps=0", "trainer.steps=3"], [1.0, 0.5, 1.0]),
+    ],
+    ids=["longer", "another"],
+)
+def test_a_schedule_given_at_resume_is_that_of_the_first_step(
+    run: Callable[..., Path], overrides: list[str], rates: list[float]
+):
+    run("trainer.steps=2", "schedule.warmup_steps=0", "optimizer=sgd", "optimizer.lr=0.01")
+    folder = run("resume=true", *overrides)
+    lines = [line for line in read_lines(folder) if line["kind"] == "train"]
+    assert [line["learning_rate"] for line in lines] == pytest.approx([r * 0.01 for r in rates])
+
+
 @pytest.mark.parametrize("wish", [True, False])
 def test_memory_is_kept_where_asked(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, wish: bool

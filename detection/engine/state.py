@@ -85,6 +85,7 @@ class TrainState:
                 self.ema.n_averaged.fill_(state["ema_updates"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
+            self._set_rates()
             self.scaler.load_state_dict(state["scaler"])
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             reason = first_line(error)
@@ -98,3 +99,11 @@ class TrainState:
             torch.set_rng_state(cpu)
             if cuda is not None and processes.device.type == "cuda":
                 torch.cuda.set_rng_state(cuda)
+
+    def _set_rates(self) -> None:
+        """The learning rates of today's schedule: those saved are of the one that the run had."""
+        schedule = self.schedule
+        for group, rate, factor in zip(
+            self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = rate * factor(schedule.last_epoch)

@@ -94,7 +94,7 @@ def run_training(
         task = progress.add_task("training", total=settings.steps, completed=state.step)
         while not stop and (state.step < settings.steps or state.owes_evaluation):
             if not state.owes_evaluation:  # else the run was stopped in an evaluation
-                learning_rate = state.schedule.get_last_lr()[0]
+                learning_rate = state.optimizer.param_groups[0]["lr"]
                 step_batches = list(islice(batches, settings.num_micro_batches))
                 losses, stop = take_step(
                     *(state, network, step_batches, inputs, preprocess, criterion),
