@@ -73,7 +73,7 @@ def run_training(
 
     Raises:
         UserError: where a loss or its gradient is not finite; last.pt is still that of the last
-            good step.
+            time that it was written.
     """
     loader = make_loader(inputs.dataset, state.step, settings, seed, processes)
     network = distribute(state.network, processes)
@@ -377,8 +377,8 @@ def _refuse_step(
     described = ", ".join(f"{name} {value}" for name, value in values.items())
     raise UserError(
         f"step {step}: the loss or its gradient is not finite ({described}) on the images "
-        f"{image_ids}; last.pt is that of the last good step: lower optimizer.lr or set "
-        "trainer.gradient_clip_norm"
+        f"{image_ids}; nothing of the steps since the last checkpoint is saved: start anew with a "
+        "lower optimizer.lr, or go on from there with trainer.gradient_clip_norm"
     )
 
 
