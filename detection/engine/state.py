@@ -46,6 +46,11 @@ class TrainState:
         """The network to evaluate: the moving average where there is one."""
         return self.network if self.ema is None else self.ema.module
 
+    @property
+    def num_overflows(self) -> int:
+        """Steps so far that changed nothing, as their gradients overflowed in fp16."""
+        return self.step - self.schedule.last_epoch
+
     def is_exhausted(self, patience: int | None) -> bool:
         """Whether so many evaluations in a row were no better; None is never."""
         return patience is not None and self.stale_evaluations >= patience

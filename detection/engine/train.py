@@ -94,6 +94,7 @@ def run_training(
         task = progress.add_task("training", total=settings.steps, completed=state.step)
         while not stop and (state.step < settings.steps or state.owes_evaluation):
             if not state.owes_evaluation:  # else the run was stopped in an evaluation
+                num_overflows = state.num_overflows
                 learning_rate = state.optimizer.param_groups[0]["lr"]
                 step_batches = list(islice(batches, settings.num_micro_batches))
                 losses, stop = take_step(
@@ -104,6 +105,8 @@ def run_training(
                 is_last = state.step == settings.steps
                 state.owes_evaluation = state.step % settings.evaluate_every == 0 or is_last
                 _report_unreadable(step_batches, unreadable)
+                if state.num_overflows > num_overflows:
+                    LOGGER.debug("step %d: its gradient overflowed in fp16: left out", state.step)
 
                 meter.update(losses)
                 if state.step % settings.log_every == 0 or is_last:
@@ -144,6 +147,13 @@ def run_training(
                 logger.log_picture("detections", partial(draw, evaluation.results), state.step)
     if unreadable:
         LOGGER.warning("%d images could not be read; others took their places", len(unreadable))
+    if state.num_overflows:
+        LOGGER.warning(
+            "%d of %d steps were left out, as their gradients overflowed in fp16: some are at the "
+            "start of any run; where they are many, take trainer.precision=bf16 or fp32",
+            state.num_overflows,
+            state.step,
+        )
     if state.is_exhausted(settings.early_stopping):
         LOGGER.info(
             "stopped at step %d: no better AP in %d evaluations",
