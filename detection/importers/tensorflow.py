@@ -125,8 +125,10 @@ def read_variables(path: str | Path) -> dict[str, np.ndarray]:
                     for name in file.files
                     if name.startswith(prefix)
                 }
-        except (OSError, ValueError, BadZipFile) as error:
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
             raise UserError(f"cannot read {path}: {error}") from error
+        except TypeError as error:  # of an array, which is no context
+            raise UserError(f"{path} holds one array, and not arrays by name") from error
 
     checkpoint = str(path).removesuffix(".index")
     if not Path(f"{checkpoint}.index").is_file():

@@ -275,9 +275,15 @@ def test_an_imported_detector_is_finetuned(
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["absent.npz", "broken.npz", "absent.ckpt", "array.npz"])
+@pytest.mark.parametrize(
+    "name",
+    ["absent.npz", "broken.npz", "absent.ckpt", "array.npz", "empty.npz", "single.npz"],
+)
 def test_unreadable_source_is_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "broken.npz").write_text("no archive")
+    (tmp_path / "empty.npz").touch()
+    with (tmp_path / "single.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
     np.savez(tmp_path / "array.npz", a=np.array([{}]))  # a pickled object
     with pytest.raises(SystemExit) as raised:
         main([str(tmp_path / name), "--output", str(tmp_path / "x.pt")])
