@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch's unpickler answers another file with almost any
         reason = first_line(error)
         raise UserError(
             f"cannot read {path}, it is damaged or holds no weights: {reason}"
@@ -103,11 +102,36 @@ def read_state(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _read_backbone_state(path: str | Path) -> dict[str, Tensor]:
-    state = read_state(path)
-    if "categories" in state:
-        raise UserError(f"{path} is a checkpoint of a whole detector: give model.weights={path}")
+def find_weights(path: str | Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights in what a training script has saved, in float32.
+
+    They may lie under "state_dict" or "model"; what DataParallel puts before their names is left
+    out; batch norm of before torch 0.4.1, which did not count its batches, gets a count of 0.
+
+    Raises:
+        UserError: where something else than a tensor is among them.
+    """
+    content = next((content[key] for key in ("state_dict", "model") if key in content), content)
+    state = {}
+    for name, tensor in content.items() if isinstance(content, Mapping) else [("", content)]:
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UserError(
+                f"{path} holds no weights by name: {name!r} is a {type(tensor).__name__}"
+            )
+        state[name] = tensor.float() if tensor.is_floating_point() else tensor
+    if state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    for name in [name for name in state if name.endswith(".running_mean")]:
+        counter = name.replace("running_mean", "num_batches_tracked")
+        state.setdefault(counter, torch.tensor(0))
     return state
+
+
+def _read_backbone_state(path: str | Path) -> dict[str, Tensor]:
+    content = read_state(path)
+    if "categories" in content:
+        raise UserError(f"{path} is a checkpoint of a whole detector: give model.weights={path}")
+    return find_weights(path, content)
 
 
 def _download_timm(name: str) -> dict[str, Tensor]:
@@ -119,7 +143,7 @@ def _download_timm(name: str) -> dict[str, Tensor]:
 
 def _read_torchvision(name: str, source: str | Path) -> dict[str, Tensor]:
     if source == PRETRAINED:
-        state = fetch_state(get_model_weights(name)["DEFAULT"])
+        state = find_weights(name, fetch_state(get_model_weights(name)["DEFAULT"]))
     else:
         state = _read_backbone_state(source)
     return {f"network.{key}": tensor for key, tensor in state.items() if not key.startswith("fc.")}

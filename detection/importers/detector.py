@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from detection.checkpoint import load_checkpoint, read_categories
 from detection.errors import UserError
-from detection.importers.backbone import load_backbone, load_static_weights, read_state
+from detection.importers.backbone import (
+    find_weights,
+    load_backbone,
+    load_static_weights,
+    read_state,
+)
 from detection.importers.torchvision import download_weights, read_weights
 from detection.models.retinanet import RetinaNet
 from detection.models.ssd import SSD
@@ -119,7 +124,7 @@ def _read(source: str, num_background: int) -> tuple[dict[str, Tensor], list[str
         return download_weights(source.removeprefix(DOWNLOAD))
     content = read_state(Path(source))
     if "categories" not in content:
-        return read_weights(Path(source), content.get("model", content))
+        return read_weights(Path(source), find_weights(source, content))
     checkpoint = load_checkpoint(source)
     names = [category.name for category in read_categories(checkpoint)]
     return dict(checkpoint["ema"] or checkpoint["model"]), [""] * num_background + names

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,13 @@ def test_load_from_timm(tmp_path: Path, num_experts: int) -> None:
         load_backbone(MobileNetV1(width=0.5), tmp_path / "mobilenetv1_100.pth")
 
 
-@pytest.mark.parametrize("name", ["absent.pth", "broken.pth", "absent.npz", "empty.npz"])
+@pytest.mark.parametrize(
+    "name", ["absent.pth", "broken.pth", "page.pth", "text.pth", "absent.npz", "empty.npz"]
+)
 def test_unreadable_files(tmp_path: Path, name: str) -> None:
     (tmp_path / "broken.pth").write_text("no weights")
+    (tmp_path / "page.pth").write_text("Repository not found")
+    (tmp_path / "text.pth").write_text("hello")
     np.savez(tmp_path / "empty.npz")
     with pytest.raises(UserError):
         load_backbone(MobileNetV1(width=0.1), tmp_path / name)
@@ -131,6 +136,45 @@ def test_a_whole_networks_file(
     for ours, other in zip(maps, expected, strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
         assert other.std() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": {f"module.{name}": value for name, value in state.items()}},
+        lambda state: {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")},
+    ],
+    ids=["wrapped", "DataParallel", "without counters"],
+)
+@pytest.mark.parametrize("num_experts", [1, 2])
+def test_a_training_scripts_file(
+    tmp_path: Path, save: Callable[..., Any], num_experts: int
+) -> None:
+    """In half the precision too: experts are spread in float32."""
+    state = torchvision.models.resnet18().state_dict()
+    state = {k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()}
+    torch.save(save(state), tmp_path / "weights.pth")
+    backbone = TorchvisionResNet("resnet18", num_experts=num_experts)
+    load_backbone(backbone, tmp_path / "weights.pth")
+    kernel = backbone.state_dict()["network.layer4.1.conv2.weight"]
+    mixed = kernel if num_experts == 1 else kernel.sum(0) / math.sqrt(num_experts)
+    torch.testing.assert_close(mixed, state["layer4.1.conv2.weight"].float())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"model": 3}, "'' is a int"),
+        ({"conv1.weight": [1]}, "'conv1.weight' is a list"),
+        ({1: torch.zeros(1)}, "1 is a Tensor"),
+    ],
+)
+@pytest.mark.parametrize("kind", [MobileNetV1, partial(TorchvisionResNet, "resnet18")])
+def test_files_without_weights(tmp_path: Path, kind: Any, content: Any, words: str) -> None:
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=f"weights.pth holds no weights by name: {words}"):
+        load_backbone(kind(), tmp_path / "weights.pth")
 
 
 def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:

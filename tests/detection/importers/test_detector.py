@@ -143,7 +143,8 @@ def test_another_network(tmp_path: Path, kind: str, num_experts: int, words: str
 def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "broken.pth").write_text("no weights")
     torch.save([1], tmp_path / "list.pth")
-    for name in ("absent.pth", "broken.pth", "list.pth"):
+    torch.save({"model": 3}, tmp_path / "number.pth")
+    for name in ("absent.pth", "broken.pth", "list.pth", "number.pth"):
         with pytest.raises(UserError, match=name) as info:
             load_detector(make_network("ssd", 3), tmp_path / name, SOURCE)
         assert "\n" not in str(info.value)
