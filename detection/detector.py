@@ -71,10 +71,14 @@ class Detector:
         return self.network(self.preprocess(images.to(self.device, non_blocking=True)))
 
     def decode(self, predictions: RawPredictions, sizes: Tensor) -> Detections:
-        """Detections in pixels of the original images, whose (height, width) are `sizes` (B, 2)."""
+        """Detections in pixels of the original images, whose (height, width) are `sizes` (B, 2).
+
+        What lies in the padding alone is none.
+        """
         detections = self.postprocess(predictions, self.preprocess.input_size)
         boxes = self.preprocess.restore(detections.boxes, sizes.to(detections.boxes.device))
-        return detections._replace(boxes=boxes)
+        valid = detections.valid & (boxes[..., 2:] > boxes[..., :2]).all(-1)
+        return detections._replace(boxes=boxes, valid=valid)
 
     def predict(
         self,

@@ -127,15 +127,12 @@ class OnnxDetector:
             batch = (batch - self.mean) / self.std
         names = ["boxes", "scores", "labels", "valid"]
         boxes, scores, labels, valid = map(np.asarray, self.session.run(names, {"images": batch}))
-        kept = valid & (scores >= score_threshold)
+        # As `Detector`: what lies in the padding alone is no detection.
+        boxes = np.stack([self._restore(*pair) for pair in zip(boxes, pictures, strict=True)])
+        kept = valid & (scores >= score_threshold) & (boxes[..., 2:] > boxes[..., :2]).all(-1)
         return [
-            ArrayDetections(
-                self._restore(boxes[i][kept[i]], picture),
-                scores[i][kept[i]],
-                labels[i][kept[i]],
-                tuple(self.names),
-            )
-            for i, picture in enumerate(pictures)
+            ArrayDetections(boxes[i][own], scores[i][own], labels[i][own], tuple(self.names))
+            for i, own in enumerate(kept)
         ]
 
     def _resize(self, picture: Image.Image) -> np.ndarray:

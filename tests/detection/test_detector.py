@@ -3,15 +3,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from detection.detector import Detector
+from detection.build import ModelParts
+from detection.detector import Detector, unbatch
 from detection.errors import UserError
-from detection.structures import Category
+from detection.preprocess import Letterbox
+from detection.structures import Category, Detections
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +43,17 @@ def test_boxes_are_in_pixels_of_the_image(detector: Detector):
     assert large.boxes[:, 2].max() <= 640 and large.boxes[:, 3].max() <= 128
     assert large.boxes[:, 2].max() > 64
     assert len(small.boxes) > 0
+
+
+def test_what_lies_in_the_padding_is_no_detection():
+    boxes = torch.tensor([[[0.0, 40, 64, 60], [0, 20, 30, 40], [0, 0, 30, 30]]])
+    found = Detections(boxes, torch.ones(1, 3), torch.arange(3)[None], torch.ones(1, 3).bool())
+    preprocess = Letterbox(input_size=64)
+    parts = ModelParts(nn.Identity(), preprocess, nn.Identity(), lambda *_: found)  # pyright: ignore
+    predictions: Any = None
+    (own,) = unbatch(Detector(parts, []).decode(predictions, torch.tensor([[32, 64]])))
+    assert own.labels.tolist() == [1, 2]
+    assert own.boxes.tolist() == [[0, 20, 30, 32], [0, 0, 30, 30]]
 
 
 def test_every_kind_of_image(detector: Detector, tmp_path: Path):
