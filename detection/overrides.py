@@ -123,8 +123,9 @@ def lay_over(saved: DictConfig, composed: DictConfig, overrides: Sequence[str]) 
         and not given & {"schedule", "schedule.steps"}
     ):
         config.schedule.steps = config.trainer.steps
-    for section in ("model", "data", "optimizer", "seed"):
-        if config[section] != saved[section]:
+    # The place in the order of the images is counted in batches.
+    for section in ("model", "data", "optimizer", "seed", "trainer.batch_size"):
+        if OmegaConf.select(config, section) != OmegaConf.select(saved, section):
             raise UserError(
                 f"resume=true cannot change {section}: start a new run for that, "
                 "or leave the override out"

@@ -32,6 +32,7 @@ class ConvBlock(nn.Module):
         separable: depthwise and pointwise instead of one convolution.
         num_experts: 1 builds no router.
         norm: None (the last convolution has a bias instead), "batch" or "group" (32 groups).
+        norm_momentum: with "batch", weight of a batch in the running statistics.
         num_levels: with "batch", each level of a pyramid has batch statistics of its own.
         activation: end with ReLU.
     """
@@ -46,6 +47,7 @@ class ConvBlock(nn.Module):
         separable: bool = False,
         num_experts: int = 1,
         norm: Norm = None,
+        norm_momentum: float = 0.03,
         num_levels: int = 1,
         activation: bool = True,
     ) -> None:
@@ -75,7 +77,7 @@ class ConvBlock(nn.Module):
                 num_experts=num_experts,
             )
         )
-        self.norms = make_norms(norm, out_channels, num_levels)
+        self.norms = make_norms(norm, out_channels, num_levels, momentum=norm_momentum)
         self.activation = nn.ReLU(inplace=True) if activation else nn.Identity()
         for conv in self.convs:
             gain = 2.0 if activation and conv is self.convs[-1] else 1.0
@@ -122,12 +124,12 @@ def reset_conv(conv: nn.Module, *, std: float, bias: float = 0.0) -> None:
         nn.init.constant_(conv.bias, bias)
 
 
-def make_norms(norm: Norm, channels: int, num_levels: int) -> nn.ModuleList:
+def make_norms(norm: Norm, channels: int, num_levels: int, *, momentum: float) -> nn.ModuleList:
     """One for each level where statistics are of batches, one for all otherwise, or none."""
     if norm == "batch":
         # As the TensorFlow Object Detection API has them.
         return nn.ModuleList(
-            nn.BatchNorm2d(channels, eps=0.001, momentum=0.03) for _ in range(num_levels)
+            nn.BatchNorm2d(channels, eps=0.001, momentum=momentum) for _ in range(num_levels)
         )
     if norm == "group":
         return nn.ModuleList([nn.GroupNorm(32, channels)])

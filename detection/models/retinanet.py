@@ -130,6 +130,7 @@ class FeaturePyramid(nn.Module):
             pyramid's, "p5".
         separable: depthwise separable 3 x 3 convolutions.
         norm: as in `ConvBlock`.
+        norm_momentum: as in `ConvBlock`.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class FeaturePyramid(nn.Module):
         extra_from: Literal["c5", "p5"] = "c5",
         separable: bool = False,
         norm: Norm = None,
+        norm_momentum: float = 0.03,
     ) -> None:
         super().__init__()
         if extra_from not in ("c5", "p5"):
@@ -156,6 +158,7 @@ class FeaturePyramid(nn.Module):
                 stride=stride,
                 separable=separable and kernel_size > 1,
                 norm=norm,
+                norm_momentum=norm_momentum,
                 activation=False,
             )
 
@@ -194,6 +197,7 @@ class RetinaNetHead(nn.Module):
         num_convs: layers of a tower.
         num_experts: of the towers' layers; 1 builds static ones.
         norm: as in `ConvBlock`; each level has its own batch statistics.
+        norm_momentum: as in `ConvBlock`.
         separable: depthwise separable convolutions.
     """
 
@@ -207,6 +211,7 @@ class RetinaNetHead(nn.Module):
         num_convs: int = 4,
         num_experts: int = 1,
         norm: Norm = None,
+        norm_momentum: float = 0.03,
         separable: bool = False,
     ) -> None:
         super().__init__()
@@ -221,6 +226,7 @@ class RetinaNetHead(nn.Module):
                     separable=separable,
                     num_experts=num_experts,
                     norm=norm,
+                    norm_momentum=norm_momentum,
                     num_levels=num_levels,
                 )
                 for _ in range(num_convs)

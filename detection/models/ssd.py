@@ -160,7 +160,12 @@ def make_extras(
 
 
 def make_predictor(
-    in_channels: int, out_channels: int, *, num_experts: int = 1, separable: bool = False
+    in_channels: int,
+    out_channels: int,
+    *,
+    num_experts: int = 1,
+    separable: bool = False,
+    norm_momentum: float = 0.03,
 ) -> nn.Module:
     """A 1 x 1 convolution with a bias; conditional, it routes by its own input.
 
@@ -168,10 +173,16 @@ def make_predictor(
         num_experts: 1 builds a static one.
         separable: a depthwise 3 x 3 convolution, batch norm and ReLU6 come first (SSDLite), and
             share the routing.
+        norm_momentum: weight of a batch in that batch norm's running statistics.
     """
     if separable:
         depthwise = ConvNormAct(
-            in_channels, in_channels, 3, groups=in_channels, num_experts=num_experts
+            in_channels,
+            in_channels,
+            3,
+            groups=in_channels,
+            num_experts=num_experts,
+            norm_momentum=norm_momentum,
         )
         predict = make_conv(in_channels, out_channels, 1, num_experts=num_experts)
         layers: dict[str, nn.Module] = {"depthwise": depthwise, "predict": predict}

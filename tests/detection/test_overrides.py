@@ -147,6 +147,9 @@ def test_only_what_overrides_name_is_laid_over():
     assert lay_over(saved, composed, ["hydra.verbose=true"]) == saved  # pyright: ignore
     with pytest.raises(UserError, match="cannot change model"):
         lay_over(saved, composed, ["model.a=2"])  # pyright: ignore
+    composed = OmegaConf.merge(saved, {"trainer": {"batch_size": 8}})
+    with pytest.raises(UserError, match=r"cannot change trainer\.batch_size"):
+        lay_over(saved, composed, ["trainer.batch_size=8"])  # pyright: ignore
 
 
 @pytest.mark.parametrize(

@@ -298,9 +298,7 @@ def test_a_signal_in_the_start_ends_before_the_first_step(
 ):
     """To one process of two. What was begun goes on."""
     options = ["trainer.steps=2", "trainer.num_workers=1"]
-    run = start(
-        *options, num_processes=num_processes, signal_at="detection.engine.run.load_split"
-    )
+    run = start(*options, num_processes=num_processes, signal_at="detection.engine.run.load_split")
     assert run.wait() == [0] * num_processes, run.printed()
     assert run.printed().count(f"stopped at step 0; go on with: {LAUNCHERS[num_processes]}") == 1
     assert run.lines() == [] and not run.last.exists()

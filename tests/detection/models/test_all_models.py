@@ -201,3 +201,13 @@ def test_backbone(
     )
     conditional = any(name.startswith("backbone.") for name in find_conditional(network))
     assert conditional == (num_experts > 1 or backbone == "efficientnet_cc_b0")
+
+
+@pytest.mark.parametrize(
+    "model", ["ssd300_mobilenet_v1", "ssdlite320_mobilenet_v1", "retinanet_mobilenet_v1_fpnlite"]
+)
+def test_every_batch_norm_has_the_momentum(compose_config: Callable[..., Any], model: str):
+    config = compose_model(compose_config, f"model={model}", "model.norm_momentum=0.2")
+    network = build_model(config, len(CATEGORIES)).network
+    norms = [child for child in network.modules() if isinstance(child, nn.BatchNorm2d)]
+    assert {norm.momentum for norm in norms} == {0.2} and len(norms) > 27
