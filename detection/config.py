@@ -51,7 +51,8 @@ def find_model(config: Mapping[str, Any]) -> dict[str, Any]:
     if str(config["weights"]).startswith(DOWNLOAD):
         raise UserError(f"{config['weights']} names no model: give model=retinanet as well")
     for key in sorted(SHORTHANDS & config.keys()):
-        raise UserError(f"model.{key} is resolved in a checkpoint: give +model.backbone.{key}=...")
+        remedy = "give +model.backbone.num_experts=..." if key == "num_experts" else "leave it out"
+        raise UserError(f"model.{key} is fixed in a checkpoint: {remedy}")
     saved = load_checkpoint(config["weights"])["config"]["model"]
     return _merge({**saved, "num_classes": None}, config)
 

@@ -34,12 +34,13 @@ def check_folder(path: str | Path) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a place to write, of the same suffix, which becomes `path` at the end of the `with`.
 
-    What was there before is untouched where writing fails. A device or a pipe is written to as it
-    is.
+    Folders that are missing are made. What was there before is untouched where writing fails. A
+    device or a pipe is written to as it is.
     """
     if path.exists() and not path.is_file():
         yield path
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.tmp{path.suffix}")
     try:
         yield partial
@@ -49,7 +50,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(value: Any, path: str | Path, *, indent: int | None = None) -> None:
-    """Write a value as JSON; folders that are missing are made.
+    """Write a value as JSON, in a `whole_file`.
 
     Raises:
         ValueError: for a number that is not finite, which JSON does not have.
@@ -57,7 +58,6 @@ def write_json(value: Any, path: str | Path, *, indent: int | None = None) -> No
     path = Path(path)
     # Encoded before the file is opened, and in one piece: json.dump has no fast path.
     content = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
         # Of a file name that is not UTF-8, JSON's own escapes: no encoding has its bytes.
         partial.write_text(content, encoding="utf-8", errors="backslashreplace")

@@ -251,9 +251,10 @@ def _check_known(loader: Any, defaults: DictConfig, keys: Sequence[Override]) ->
         if key in known or key.startswith("hydra.") or _adds(override):
             continue
         if key.startswith("model.") and "model._target_" not in known:
-            raise UserError(
-                f"{key}: the model is that of the checkpoint; write +{override.input_line}"
-            )
+            # What a model's own key stands for has been put in its place there.
+            word = override.input_line
+            word = f"{word}".replace("model.num_experts", "model.backbone.num_experts", 1)
+            raise UserError(f"{key}: the model is that of the checkpoint; write +{word}")
         raise UserError(f"{key}: there is no such key; {_suggest(key, sorted(known))}")
 
 

@@ -131,7 +131,11 @@ def test_keys_of_the_model_are_laid_over(finetune: Callable[..., Path], source: 
         ([], "give model.weights=FILE"),
         (["model.weights=absent.pt"], "absent.pt: no such checkpoint file"),
         (["model.weights=torchvision:NAME"], "names no model: give model=retinanet as well"),
-        (["model.weights=absent.pt", "+model.width=0.5"], "model.width is resolved"),
+        (["model.weights=absent.pt", "+model.width=0.5"], "model.width is fixed .*: leave it out"),
+        (
+            ["model.weights=absent.pt", "+model.num_experts=4"],
+            r"model.num_experts is fixed .*: give \+model.backbone.num_experts=",
+        ),
     ],
 )
 def test_mistakes(finetune: Callable[..., Path], overrides: list[str], words: str):

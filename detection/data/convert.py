@@ -165,6 +165,8 @@ def read_names(file: Path) -> list[str]:
     Raises:
         UserError: the file is missing or has none, or they are no texts.
     """
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
     try:
         text = file.read_text(encoding="utf-8-sig")
         names = yaml.safe_load(text) if file.suffix in (".yaml", ".yml") else text.splitlines()

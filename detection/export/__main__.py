@@ -45,6 +45,7 @@ def export(config: DictConfig) -> Path:
         UserError: where the config or the checkpoint is wrong.
     """
     from detection.errors import UserError
+    from detection.files import check_folder
 
     content = plain(config)
     for key, choices in CHOICES.items():
@@ -56,8 +57,7 @@ def export(config: DictConfig) -> Path:
     path = Path(content["output"] or Path(content["checkpoint"]).with_suffix(suffix))
     if path.suffix != suffix:
         raise UserError(f"output={path}: a file of format={content['format']} ends in {suffix}")
-    if not path.parent.is_dir():
-        raise UserError(f"output={path}: there is no folder {path.parent}")
+    check_folder(path.parent)
     if content["quantize"] and (content["format"], content["outputs"]) != ("onnx", "detections"):
         raise UserError("quantize=true is for format=onnx outputs=detections")
     if content["num_samples"] < 1:
@@ -108,8 +108,10 @@ def export(config: DictConfig) -> Path:
         write = {"onnx": export_onnx, "openvino": export_openvino, "torch_export": export_torch}
         write[content["format"]](detector, metadata, path)
     side = metadata["input_size"]
+    files = {path, path.with_suffix(".bin")} if path.suffix == ".xml" else {path}
+    size = sum(file.stat().st_size for file in files)
     print(
-        f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB, {content['images']} images "
+        f"wrote {path}: {size / 1e6:.1f} MB, {content['images']} images "
         f"(batch, 3, {side}, {side}) to {content['outputs']}"
     )
     for name, value in measured.items():

@@ -90,6 +90,8 @@ def read_state(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: where it cannot be read, or is no dictionary.
     """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's unpickler answers another file with almost any

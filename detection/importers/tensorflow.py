@@ -117,6 +117,8 @@ def read_variables(path: str | Path) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     if path.suffix == ".npz":
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
         try:
             with np.load(path) as file:
                 prefix = "var/" if any(name.startswith("var/") for name in file.files) else ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from fastapi import FastAPI, HTTPException, Query, Request, Response, UploadFile
 from fastapi.responses import FileResponse, JSONResponse
 from PIL import Image
 
+from detection.errors import UserError
 from detection.images import UnreadableImage, load_image
 from detection.onnx_detector import ArrayDetections, OnnxDetector
 
@@ -149,4 +151,7 @@ def __getattr__(name: str) -> FastAPI:
     # Made when uvicorn asks for it: importing this module opens no file.
     if name != "app":
         raise AttributeError(name)
-    return make_app(OnnxDetector.from_file(os.environ.get("MODEL", "model.onnx")))
+    try:
+        return make_app(OnnxDetector.from_file(os.environ.get("MODEL", "model.onnx")))
+    except UserError as error:
+        sys.exit(f"error: {error}")

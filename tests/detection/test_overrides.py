@@ -29,6 +29,7 @@ from detection.overrides import check_overrides, lay_over
         ("+foo=1", r"\+foo=1: nothing reads it; known are"),
         ("trainer.steps=1,2 optimizer.lrr=3", "did you mean optimizer.lr"),
         ("experiment=finetune model.criterion.alpha=0.5", r"write \+model.criterion.alpha=0.5"),
+        ("experiment=finetune model.num_experts=4", r"write \+model.backbone.num_experts=4"),
     ],
 )
 def test_a_misspelt_word_is_answered_with_the_nearest(word: str, answer: str):

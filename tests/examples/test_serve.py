@@ -203,6 +203,12 @@ def address(serve: ModuleType, finder: Finder) -> Iterator[str]:
     thread.join()
 
 
+def test_a_missing_model_is_one_line(serve: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL", "absent.onnx")
+    with pytest.raises(SystemExit, match=r"^error: absent\.onnx: no such file$"):
+        serve.app  # noqa: B018
+
+
 def test_a_real_detector(
     serve: ModuleType, export_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

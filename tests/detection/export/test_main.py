@@ -35,7 +35,7 @@ Export = Callable[..., Path]
             ["checkpoint=a.pt", "output=a.onnx", "format=torch_export"],
             "a file of format=torch_export ends in .pt2",
         ),
-        (["checkpoint=a.pt", "output=none/a.onnx"], "there is no folder none"),
+        (["checkpoint=a.pt", "output=/dev/null/a.onnx"], "output=/dev/null: cannot write there"),
         (["checkpoint=a.pt", "quantize=true", "outputs=raw"], "is for format=onnx outputs=detect"),
         (["checkpoint=a.pt", "quantize=true", "num_samples=0"], "num_samples=0: give at least 1"),
     ],
