@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from detection.models.backbones import (
 )
 
 PRETRAINED = "pretrained"
+# Of MobileNetV1 and of torchvision's ResNets; a backbone ends with its last map.
+STAGE = re.compile(r"blocks\.\d+\.|network\.layer[1-4]\.")
 
 
 def load_backbone(
@@ -58,7 +61,13 @@ def load_backbone(
         state = load_timm_mobilenet_v1(_read_backbone_state(source))
     else:
         state = load_slim_mobilenet_v1(read_variables(source))
+    beyond = tuple(_list_stages(state) - _list_stages(backbone.state_dict()))
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(beyond)}
     load_static_weights(backbone, state, delta=delta, generator=generator)
+
+
+def _list_stages(state: Mapping[str, Tensor]) -> set[str]:
+    return {match[0] for match in map(STAGE.match, state) if match}
 
 
 def load_static_weights(

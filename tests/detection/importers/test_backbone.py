@@ -18,6 +18,7 @@ from condconv import spread_over_experts
 from condconv.backbones import MobileNetV1
 from detection.errors import UserError
 from detection.importers.backbone import PRETRAINED, load_backbone
+from detection.models import backbones
 from detection.models.backbones import TimmBackbone, TorchvisionResNet
 from detection.models.ssd import ssd_mobilenet_v1
 
@@ -70,6 +71,17 @@ def test_unreadable_files(tmp_path: Path, name: str) -> None:
     np.savez(tmp_path / "empty.npz")
     with pytest.raises(UserError):
         load_backbone(MobileNetV1(width=0.1), tmp_path / name)
+
+
+def test_a_backbone_that_ends_early_takes_the_whole_networks_weights(tmp_path: Path) -> None:
+    torch.save(timm.create_model("mobilenetv1_100").state_dict(), tmp_path / "mobilenet.pth")
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet.pth")
+    mobilenet = backbones.MobileNetV1(strides=(8, 16))
+    load_backbone(mobilenet, tmp_path / "mobilenet.pth")
+    assert len(mobilenet.blocks) == 11
+    load_backbone(TorchvisionResNet("resnet18", strides=(8, 16)), tmp_path / "resnet.pth")
+    with pytest.raises(UserError, match="another model"):
+        load_backbone(TorchvisionResNet("resnet34", strides=(8, 16)), tmp_path / "resnet.pth")
 
 
 def test_load_from_slim(tmp_path: Path) -> None:
