@@ -21,7 +21,7 @@ from detection.data.coco import CocoIndex
 from detection.data.sampler import spread
 from detection.evaluation.analysis import Analysis
 from detection.evaluation.coco import METRIC_NAMES
-from detection.evaluation.comparison import compare
+from detection.evaluation.comparison import Comparison, compare
 from detection.evaluation.errors import KINDS
 from detection.files import whole_file
 from detection.images import UnreadableImage
@@ -109,7 +109,9 @@ def write_report(
     Returns:
         The path.
     """
-    places = choose_images(run.analysis, other and other.analysis, num_images)
+    comparison = compare(run.analysis, other.analysis) if other else None
+    worst = comparison.most_different if comparison else run.analysis.images.worst
+    places = choose_images(worst.tolist(), num_images)
     content = {
         "title": title,
         "facts": list(facts.items()),
@@ -117,22 +119,20 @@ def write_report(
         "metricNames": METRIC_NAMES,
         "classes": list(run.analysis.matches.names),
         "run": _describe(run),
-        "comparison": _describe_comparison(run, other) if other else None,
+        "comparison": _describe_comparison(comparison, other) if comparison and other else None,
         "training": _describe_training(history),
         "numImages": len(index),
         "images": _describe_images(index, run, other, places),
         "sections": [_describe_section(section) for section in sections],
     }
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
         partial.write_text(_fill_template(content), encoding="utf-8")
     return path
 
 
-def choose_images(analysis: Analysis, other: Analysis | None, num_images: int) -> list[int]:
-    """Places in the analysis' image ids, as `write_report` says; with two, where they disagree."""
-    worst = (compare(analysis, other).most_different if other else analysis.images.worst).tolist()
+def choose_images(worst: list[int], num_images: int) -> list[int]:
+    """Of places in the analysis' image ids, worst first, those that `write_report` shows."""
     if len(worst) <= num_images:
         return worst
     num_worst = (num_images + 1) // 2
@@ -200,8 +200,7 @@ def _describe(run: Run) -> dict[str, Any]:
     }
 
 
-def _describe_comparison(run: Run, other: Run) -> dict[str, Any]:
-    found = compare(run.analysis, other.analysis)
+def _describe_comparison(found: Comparison, other: Run) -> dict[str, Any]:
     order = found.most_different
     return {
         "other": _describe(other),
