@@ -61,7 +61,7 @@ def load_tensorflow_ssd(
         input_size: side of the square input in pixels.
 
     Returns:
-        The network's config (`_target_` and arguments) and its state dict.
+        The arguments of `ssd_mobilenet_v1`, and its state dict.
 
     Raises:
         UserError: naming what is missing, left over, or of another shape.
@@ -86,7 +86,7 @@ def load_tensorflow_ssd(
     }
     network = ssd_mobilenet_v1(**arguments)
     state = _convert(variables, network, _ssd_scopes(network), ignored=IGNORED.values())
-    return {"_target_": "detection.models.ssd.ssd_mobilenet_v1", **arguments}, state
+    return arguments, state
 
 
 def load_slim_mobilenet_v1(variables: Mapping[str, np.ndarray]) -> dict[str, Tensor]:

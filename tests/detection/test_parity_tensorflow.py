@@ -57,8 +57,8 @@ def golden(request: pytest.FixtureRequest) -> Golden:
             name: torch.from_numpy(file[name]) for name in file.files if not name.startswith("var/")
         }
     size = arrays["image"].shape[1]
-    config, state = load_tensorflow_ssd(read_variables(request.param), input_size=size)
-    network = ssd_mobilenet_v1(**{key: value for key, value in config.items() if key[0] != "_"})
+    arguments, state = load_tensorflow_ssd(read_variables(request.param), input_size=size)
+    network = ssd_mobilenet_v1(**arguments)
     network.load_state_dict(state)
     images = Preprocess(input_size=size)(arrays["image"].permute(0, 3, 1, 2))
     with torch.no_grad():

@@ -96,10 +96,9 @@ def variables() -> dict[str, np.ndarray]:
 )
 def test_ssd_is_rebuilt(num_classes: int, width: float, reduce_boxes: bool) -> None:
     network = make_ssd(num_classes, width, reduce_boxes_in_lowest_layer=reduce_boxes)
-    config, state = load_tensorflow_ssd(ssd_variables(network), input_size=64)
-    assert config.pop("_target_") == "detection.models.ssd.ssd_mobilenet_v1"
-    assert config["num_classes"] == num_classes
-    rebuilt = ssd_mobilenet_v1(**config)
+    arguments, state = load_tensorflow_ssd(ssd_variables(network), input_size=64)
+    assert arguments["num_classes"] == num_classes
+    rebuilt = ssd_mobilenet_v1(**arguments)
     rebuilt.load_state_dict(state)
     assert rebuilt.anchors.equal(network.anchors)
     for name, tensor in network.state_dict().items():
