@@ -5,8 +5,9 @@
 Median and 95th percentile in milliseconds at batch 1, images per second at batch 8, for the raw
 outputs of a network with float32 images. The networks and runtimes of a row run in turn, round
 after round, so that a busy moment hits them alike; threads of a runtime that waits do not spin.
-INT8 is calibrated with noise: its speed is measured, not its accuracy. `--profile` also prints
-where ONNX Runtime's time goes, by operator.
+INT8 is calibrated with noise: its speed is measured, not its accuracy. Beside them stands the time
+in which two threads only read the experts, as any runtime must for each image. `--profile` also
+prints where ONNX Runtime's time goes, by operator.
 
 The exit status is 1 where 8 experts take more than 1.10 times static's time in ONNX Runtime at
 batch 1. `--quick` only shows that it runs: a few calls, whose times mean nothing.
@@ -30,7 +31,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from condconv import count_multiply_adds
+from condconv import CondConv2d, count_multiply_adds
 from detection.build import build_model
 from detection.config import config_dir, plain
 from detection.export.formats import ExportedDetector, export_onnx
@@ -102,6 +103,8 @@ def static_and_conditional(*overrides: str) -> dict[str, Callable[[], Any]]:
         for name, number in (("static", 1), ("8 experts", 8))
     }
 
+
+READING = ("8 experts", "reading")  # each expert once: the least that an image can cost
 
 ROWS: dict[str, dict[str, Callable[[], Any]]] = {
     **{
@@ -190,12 +193,15 @@ def time_rounds(
 @torch.no_grad()
 def bench(row: str, args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     sides, costs = {}, {}
+    experts = torch.empty(0)
     single = batch = torch.empty(0)
     for name, make in ROWS[row].items():
         torch.manual_seed(0)
         model = make().eval()
         single, batch = (torch.randn(n, *model.example().shape[1:]) for n in (1, 8))
         costs[name] = count_multiply_adds(model.network, single)
+        layers = [child for child in model.modules() if isinstance(child, CondConv2d)]
+        experts = torch.cat([experts, *(layer.weight.flatten() for layer in layers)])
         for side, run in build_sides(model, folder / name, args.sides, args.threads).items():
             sides[name, side] = run
         for file in sorted((folder / name).glob("*.onnx")) if args.profile else ():
@@ -204,7 +210,10 @@ def bench(row: str, args: argparse.Namespace, folder: Path) -> list[dict[str, An
             print(f"{row} {name}, {file.stem}: {sum(times.values()):.1f} ms, of it "
                   + ", ".join(f"{operator} {times[operator]:.1f}" for operator in longest),
                   flush=True)  # fmt: skip
-    latency, throughput = (time_rounds(sides, x, args.seconds) for x in (single, batch))
+    # In turn with the others, which leave as little of them in the cache as they find themselves.
+    reading = {READING: lambda _: experts.view(torch.int64).sum()} if len(experts) else {}
+    latency = time_rounds({**sides, **reading}, single, args.seconds)
+    throughput = time_rounds(sides, batch, args.seconds)
     results: dict[tuple[str, str], dict[str, Any]] = {}
     for name, side in sorted(sides, key=lambda key: args.sides.index(key[1])):
         median, p95 = np.percentile(latency[name, side], [50, 95])
@@ -227,6 +236,14 @@ def bench(row: str, args: argparse.Namespace, folder: Path) -> list[dict[str, An
             f"({low:.2f} to {high:.2f} in half of the rounds)",
             flush=True,
         )
+        if side == "onnxruntime":
+            milliseconds = float(np.median(latency[READING]))
+            print(
+                f"{row}: reading the {experts.nbytes / 1e6:.0f} MB of experts alone takes "
+                f"{milliseconds:.1f} ms, {milliseconds / np.median(latency['static', side]):.2f} "
+                "times static's",
+                flush=True,
+            )
     return list(results.values())
 
 
