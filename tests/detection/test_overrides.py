@@ -1,15 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
-from detection.config import plain
+from detection.config import config_dir, plain
 from detection.errors import UserError
-from detection.overrides import check_overrides, lay_over
+from detection.overrides import TEXTS, check_overrides, lay_over
 
 
 @pytest.mark.parametrize(
@@ -167,3 +168,22 @@ def test_a_schedule_goes_on_to_the_end_of_the_run(saved_end: int, words: list[st
     saved = OmegaConf.create(rest | {"trainer": {"steps": 6}, "schedule": {"steps": saved_end}})
     composed = OmegaConf.merge(saved, OmegaConf.from_dotlist(words))
     assert lay_over(saved, composed, words).schedule.steps == end  # pyright: ignore
+
+
+def list_null_keys(value: Any, key: str = "") -> Iterator[str]:
+    if value is None:
+        yield key
+    for name, child in value.items() if isinstance(value, dict) else ():
+        if name not in ("defaults", "hydra"):
+            yield from list_null_keys(child, name)
+
+
+def test_every_null_key_is_known_to_take_a_text_or_not():
+    """A folder called 2024_01_05 is a number to YAML."""
+    files = config_dir().rglob("*.yaml")
+    keys = {key for file in files for key in list_null_keys(yaml.safe_load(file.read_text()))}
+    assert {key for key in keys if not TEXTS.fullmatch(key)} == {
+        *("background_threshold", "checkpoint_every", "early_stopping", "ema_decay", "format"),
+        *("gradient_clip_norm", "image_cache", "max_images", "mean", "mode", "multi_scale", "norm"),
+        *("num_classes", "num_conditional_blocks", "on_device", "shrink", "std"),
+    }
