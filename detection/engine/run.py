@@ -172,7 +172,6 @@ def run(content: Mapping[str, Any], request: StopRequest) -> Outcome:
             logger=logger,
             folder=folder,
             settings=settings,
-            seed=seed,
             processes=processes,
             request=request,
             console=console,

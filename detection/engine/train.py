@@ -51,7 +51,6 @@ def run_training(
     logger: Logger,
     folder: RunFolder,
     settings: TrainerSettings,
-    seed: int,
     processes: Processes,
     request: StopRequest,
     console: Console,
@@ -65,7 +64,6 @@ def run_training(
         save: called with a path and the state's dict, writes a checkpoint; `keep_old_as` as in
             `save_checkpoint`.
         draw: a picture of an evaluation's results, for the logger.
-        seed: of the order of the images.
         request: asked in each step and evaluation.
 
     Returns:
@@ -75,7 +73,7 @@ def run_training(
         UserError: where a loss or its gradient is not finite; last.pt is still that of the last
             time that it was written.
     """
-    loader = make_loader(inputs.dataset, state.step, settings, seed, processes)
+    loader = make_loader(inputs.dataset, state.step, settings, inputs.seed, processes)
     network = distribute(state.network, processes)
     set_training_mode(state.network, freeze_batch_norm=settings.freeze_batch_norm)
     meter = Meter(settings)

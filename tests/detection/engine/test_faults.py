@@ -253,6 +253,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert run.printed().count(f"{line}{run.folder} resume=true\n") == 1
 
 
+@pytest.mark.slow  # half a minute: its parts are tested above and in test_cli.py
 def test_the_printed_command_goes_on(
     start_script: Callable[..., subprocess.Popen[str]],
     tiny_model: list[str],
